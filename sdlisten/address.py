@@ -42,7 +42,7 @@ __all__ = (
     "parse_named_address",
 )
 
-# sizeof(sun_path) is 108; systemd wants a closing NUL in a path, the kernel a leading one in an abstract name.
+# sizeof(sun_path) is 108; systemd wants a closing NUL in a path, the kernel a leading one in a name.
 SUN_PATH_MAX = 107
 VMADDR_ANY = 0xFFFFFFFF
 _MAPPED = "::ffff:"
@@ -242,21 +242,18 @@ def covering(wanted: Address, own: Sequence[Address | None]) -> list[int]:
     Returns:
         Indices into ``own`` in ascending order; empty if they do not make up the wanted address.
     """
-    wanted = _canonical(wanted)
-    found = [
-        index for index, address in enumerate(own) if address is not None and _canonical(address) == wanted
-    ]
+    found = _indices(wanted, own)
     if isinstance(wanted, PortAddress) and not found:
-        v6 = _indices(InetAddress("::", wanted.port), own)
         v4 = _indices(InetAddress("0.0.0.0", wanted.port), own)  # noqa: S104 - compared, not bound
-        return sorted(v6 + v4) if v4 else []
-    if wanted == InetAddress("::", getattr(wanted, "port", 0)) and not found:
-        return _indices(PortAddress(getattr(wanted, "port", 0)), own)
+        return sorted(_indices(InetAddress("::", wanted.port), own) + v4) if v4 else []
+    if isinstance(wanted, InetAddress) and wanted.host == "::" and not found:
+        return _indices(PortAddress(wanted.port), own)
     return found
 
 
 def _indices(wanted: Address, own: Sequence[Address | None]) -> list[int]:
-    return [index for index, address in enumerate(own) if address == wanted]
+    canonical = _canonical(wanted)
+    return [index for index, address in enumerate(own) if address and _canonical(address) == canonical]
 
 
 def _canonical(address: Address) -> Address:
