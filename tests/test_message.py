@@ -23,7 +23,7 @@ from sdlisten.message import (
 )
 
 USEC = st.integers(0, 2**64 - 2)
-LINE = st.text(st.characters(exclude_characters="\0\r\n", exclude_categories=("Cs",)), max_size=200)
+LINE = st.text(st.characters(exclude_characters="\0\r\n", exclude_categories=["Cs"]), max_size=200)
 FDNAME = st.text(
     st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters=":"), max_size=FDNAME_MAX
 )
@@ -38,7 +38,7 @@ FLAGS = (
     "MAINPIDFD",
     "BARRIER",
 )
-FIELDS: dict[str, st.SearchStrategy[int] | st.SearchStrategy[str]] = {
+FIELDS: dict[str, st.SearchStrategy[int | str]] = {
     **dict.fromkeys(FLAGS, st.just("1")),
     "FDPOLL": st.just("0"),
     "MONOTONIC_USEC": USEC,
