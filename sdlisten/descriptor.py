@@ -60,13 +60,15 @@ class Descriptor:
         family, type, proto: As in socket(2), SO_TYPE and SO_PROTOCOL, plain ints; -1 if it is no socket.
         sockname: What ``getsockname()`` returns; None if it is no socket.
         address: The listening address, if it has one that can be written as a word.
+        identity: (st_dev, st_ino) of the open file, which tell whether the number still means the same one.
     """
 
-    __slots__ = ("address", "family", "fd", "kind", "proto", "sockname", "type")
+    __slots__ = ("address", "family", "fd", "identity", "kind", "proto", "sockname", "type")
 
-    def __init__(self, fd: int, kind: Kind) -> None:
+    def __init__(self, fd: int, kind: Kind, identity: tuple[int, int]) -> None:
         self.fd = fd
         self.kind = kind
+        self.identity = identity
         self.family = self.type = self.proto = -1
         self.sockname: object = None
         self.address: Address | None = None
@@ -86,10 +88,11 @@ def describe(fd: int) -> Descriptor:
     Raises:
         OSError: It is not open (EBADF).
     """
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISSOCK(mode):
-        return _describe_socket(fd)
-    return Descriptor(fd, _kind_of_file(fd, mode))
+    status = os.fstat(fd)
+    identity = (status.st_dev, status.st_ino)
+    if stat.S_ISSOCK(status.st_mode):
+        return _describe_socket(fd, identity)
+    return Descriptor(fd, _kind_of_file(fd, status), identity)
 
 
 def _borrow(fd: int) -> socket.SocketType:
@@ -98,8 +101,8 @@ def _borrow(fd: int) -> socket.SocketType:
     return socket.SocketType(-1, socket.SOCK_NONBLOCK, 0, fd)
 
 
-def _describe_socket(fd: int) -> Descriptor:
-    found = Descriptor(fd, Kind.SOCKET)
+def _describe_socket(fd: int, identity: tuple[int, int]) -> Descriptor:
+    found = Descriptor(fd, Kind.SOCKET, identity)
     borrowed = _borrow(fd)
     try:
         found.family = borrowed.family
@@ -128,27 +131,27 @@ def _kind_of_stream(borrowed: socket.SocketType) -> Kind:
     return Kind.CONNECTION
 
 
-def _kind_of_file(fd: int, mode: int) -> Kind:
+def _kind_of_file(fd: int, status: os.stat_result) -> Kind:
     for kind, matches in (
         (Kind.FIFO, stat.S_ISFIFO),
         (Kind.DIRECTORY, stat.S_ISDIR),
         (Kind.DEVICE, stat.S_ISCHR),
         (Kind.DEVICE, stat.S_ISBLK),
     ):
-        if matches(mode):
+        if matches(status.st_mode):
             return kind
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         return Kind.OTHER
+    # The file systems of queues and memfds have no disk, which spares other files the questions.
+    if os.major(status.st_dev) != 0:
+        return Kind.FILE
     if _is_message_queue(fd):
         return Kind.MESSAGE_QUEUE
     return Kind.MEMFD if _proc_link(fd).startswith("/memfd:") else Kind.FILE
 
 
 def _is_message_queue(fd: int) -> bool:
-    # mq_overview(7): a descriptor of a queue is a file descriptor whose contents begin like this. It has a
-    # device of its own (major 0, as all file systems without a disk), which spares other files the read.
-    if os.major(os.fstat(fd).st_dev) != 0:
-        return False
+    # mq_overview(7): the descriptor of a queue is a file descriptor, and reads like the file in /dev/mqueue.
     try:
         return os.pread(fd, 6, 0) == b"QSIZE:"
     except OSError:  # not readable: opened for writing alone, or no file that can be read at an offset

@@ -1,0 +1,321 @@
+"""Claim what the manager passed, once per process: sd_listen_fds(3).
+
+Rule 1. The environment is read in full and every descriptor looked at before anything changes. What cannot be
+used is an error, and the environment, the flags and the descriptors are then as before.
+
+Rule 2. Claiming makes every passed descriptor close-on-exec and removes the four variables from the C
+environment and from ``os.environ``: a child must not find them, and python-systemd's ``unset_environment``
+clears only the former. It happens once; threads wait for each other.
+
+Rule 3. Each descriptor is taken once. A second taker is told who was first; so is a child forked after the
+claim, for which all of them belong to its parent.
+
+Rule 4. Numbers stay where they are: the program may be going to exec itself, and then they must be at 3
+again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from sdlisten.backend import require_agreement
+from sdlisten.descriptor import Kind, describe, pidfd_inode
+from sdlisten.environment import LISTEN_FDS_START, VARIABLES, read_listen_environment
+from sdlisten.errors import AlreadyTakenError, DescriptorError, NameNotFoundError
+from sdlisten.inherited import InheritedFd, join
+from sdlisten.listener import Listeners
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from sdlisten.descriptor import Descriptor
+    from sdlisten.environment import ListenEnvironment
+
+
+__all__ = ("Activation", "listen_fds", "lock", "process_activation")
+
+lock = threading.RLock()
+"""Held while deciding what to take. Read it from the module: a forked child gets a new one."""
+
+_process: Activation | None = None
+
+
+class Activation:
+    """The descriptors passed to one process, and who took which.
+
+    Attributes:
+        descriptors: All of them, in the order of their numbers.
+        absent: If there are none, the reason in words, for error texts; else "".
+    """
+
+    __slots__ = ("_claimed", "_own", "_pid", "absent", "descriptors")
+
+    def __init__(self, environment: ListenEnvironment, *, own: bool) -> None:
+        """Look at every descriptor and change nothing; `current` and `from_environ` are the way in.
+
+        Args:
+            environment: What the variables say.
+            own: Whether they are this process's own variables, to be removed at the claim.
+
+        Raises:
+            DescriptorError: A descriptor that should have been passed is not open.
+        """
+        last = LISTEN_FDS_START + environment.count
+        self.descriptors = tuple(
+            InheritedFd(_describe_passed(fd, last), environment.name(fd))
+            for fd in range(LISTEN_FDS_START, last)
+        )
+        self.absent = environment.absent
+        self._pid = os.getpid()
+        self._own = own
+        self._claimed = False
+
+    @classmethod
+    def current(cls) -> Activation:
+        """Claim what was passed to this process; the first call does it, later ones return the same.
+
+        Raises:
+            ListenEnvironmentError: A LISTEN_* variable is malformed, or the backend disagrees.
+            DescriptorError: A descriptor that should have been passed is not open.
+        """
+        with lock:
+            activation = process_activation()
+            activation.claim()
+            return activation
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str], *, pid: int | None = None) -> Activation:
+        """Claim what a mapping of your own says; the mapping is neither changed nor remembered.
+
+        Args:
+            environ: Variables as in ``os.environ``.
+            pid: The process they must be meant for; this one if None.
+
+        Raises:
+            ListenEnvironmentError: A LISTEN_* variable is malformed.
+            DescriptorError: A descriptor that should have been passed is not open.
+        """
+        activation = cls(_read(environ, os.getpid() if pid is None else pid), own=False)
+        activation.claim()
+        return activation
+
+    @property
+    def forked(self) -> bool:
+        """Whether the descriptors were passed to our parent, which claimed them before it forked us."""
+        return self._pid != os.getpid() and bool(self.descriptors)
+
+    @property
+    def remaining(self) -> tuple[InheritedFd, ...]:
+        """What nobody has taken yet; nothing in a forked child."""
+        return () if self.forked else tuple(found for found in self.descriptors if found.taken_by is None)
+
+    def claim(self) -> None:
+        """Make the descriptors close-on-exec and remove the variables, once (Rule 2)."""
+        with lock:
+            if self._claimed:
+                return
+            for inherited in self.remaining:
+                os.set_inheritable(inherited.fd, False)
+            self._claimed = True
+            if self._own:
+                global _process  # noqa: PLW0603 - LISTEN_* belong to the process
+                _process = self
+                for variable in VARIABLES:
+                    os.environ.pop(variable, None)
+                    os.unsetenv(variable)  # C code may have set it without telling os.environ
+
+    def take_listeners(self, name: str) -> Listeners:
+        """Take all listeners that were passed or stored under a name.
+
+        Returns:
+            The listeners, which own their descriptors: non-blocking and close-on-exec.
+
+        Raises:
+            NameNotFoundError: Nothing has that name.
+            AlreadyTakenError: Somebody took one before.
+            DescriptorError: Something with that name is no listener; nothing is taken.
+        """
+        chosen = self._named(name)
+        for inherited in chosen:
+            if inherited.kind is not Kind.LISTENER:
+                text = f"{inherited} does not listen; take_sockets() and take_fds() take anything"
+                raise DescriptorError(text, fd=inherited.fd)
+        return self.adopt(chosen, by=f"take_listeners({name!r})")
+
+    def take_sockets(self, name: str) -> tuple[socket.socket, ...]:
+        """Take all sockets of any kind that were passed or stored under a name, flags as they are.
+
+        Returns:
+            The sockets, close-on-exec; the caller owns them. O_NONBLOCK stays: other holders share it.
+
+        Raises:
+            NameNotFoundError: Nothing has that name.
+            AlreadyTakenError: Somebody took one before.
+            DescriptorError: Something with that name is no socket; nothing is taken.
+        """
+        chosen = self._named(name)
+        for inherited in chosen:
+            if not inherited.kind.is_socket:
+                text = f"{inherited} is no socket; take_fds({name!r}) takes the bare descriptor"
+                raise DescriptorError(text, fd=inherited.fd)
+        with lock:
+            self._take(chosen, by=f"take_sockets({name!r})")
+            return tuple(inherited.to_socket() for inherited in chosen)
+
+    def take_fds(self, name: str) -> tuple[int, ...]:
+        """Take all descriptors of any kind that were passed or stored under a name.
+
+        Returns:
+            Their numbers; the caller owns the descriptors.
+
+        Raises:
+            NameNotFoundError: Nothing has that name.
+            AlreadyTakenError: Somebody took one before.
+            DescriptorError: Somebody closed one.
+        """
+        chosen = self._named(name)
+        self._take(chosen, by=f"take_fds({name!r})")
+        return tuple(inherited.fd for inherited in chosen)
+
+    def take_remaining(self, *, by: str) -> tuple[InheritedFd, ...]:
+        """Take all that nobody has taken yet.
+
+        Args:
+            by: Who takes it, in words.
+
+        Returns:
+            The descriptors; the caller owns them.
+
+        Raises:
+            AlreadyTakenError: They belong to our parent.
+            DescriptorError: Somebody closed one.
+        """
+        with lock:
+            self.check_not_forked()
+            remaining = self.remaining
+            self._take(remaining, by=by)
+            return remaining
+
+    def close_remaining(self) -> None:
+        """Close what nobody has taken; the manager's own descriptors stay open.
+
+        Raises:
+            AlreadyTakenError: They belong to our parent.
+            DescriptorError: Somebody closed one; nothing is closed.
+        """
+        for inherited in self.take_remaining(by="close_remaining()"):
+            os.close(inherited.fd)
+
+    def adopt(self, chosen: Sequence[InheritedFd], *, by: str) -> Listeners:
+        """Take chosen listeners, all or none.
+
+        Args:
+            chosen: Some of `descriptors`, all of them listeners.
+            by: Who takes them, in words.
+
+        Returns:
+            The listeners, which own their descriptors: non-blocking and close-on-exec.
+
+        Raises:
+            AlreadyTakenError: Somebody took one before.
+            DescriptorError: Somebody closed one.
+        """
+        with lock:
+            self._take(chosen, by=by)
+            return Listeners(inherited.to_listener() for inherited in chosen)
+
+    def check_not_forked(self) -> None:
+        """Check that the descriptors were passed to this process.
+
+        Raises:
+            AlreadyTakenError: They belong to our parent, which claimed them before it forked us.
+        """
+        if self.forked:
+            text = (
+                f"{join(self.descriptors)}: passed to pid {self._pid}, which claimed them before it forked "
+                f"pid {os.getpid()}. Use the listeners that the parent made."
+            )
+            raise AlreadyTakenError(text)
+
+    def _named(self, name: str) -> list[InheritedFd]:
+        chosen = [inherited for inherited in self.descriptors if inherited.name == name]
+        if not chosen:
+            passed = join(self.descriptors) or f"nothing ({self.absent})"
+            text = (
+                f"no passed descriptor is named {name!r}. Passed: {passed}. "
+                f"Put FileDescriptorName={name} into the .socket unit."
+            )
+            raise NameNotFoundError(text)
+        return chosen
+
+    def _take(self, chosen: Iterable[InheritedFd], *, by: str) -> None:
+        with lock:
+            self.check_not_forked()
+            for inherited in chosen:
+                if inherited.taken_by is not None:
+                    text = f"{inherited} was taken before, by {inherited.taken_by}; {by} comes second"
+                    raise AlreadyTakenError(text)
+                inherited.check_same()
+            self.claim()
+            for inherited in chosen:
+                inherited.taken_by = by
+
+
+def process_activation() -> Activation:
+    """Return what was passed to this process, claimed or not yet; the caller holds `lock`.
+
+    Raises:
+        ListenEnvironmentError: A LISTEN_* variable is malformed, or the backend disagrees.
+        DescriptorError: A descriptor that should have been passed is not open.
+    """
+    if _process is not None:
+        return _process
+    environment = _read(os.environ, os.getpid())
+    activation = Activation(environment, own=True)
+    if activation.descriptors:
+        require_agreement({found.fd: environment.name(found.fd) for found in activation.descriptors})
+    return activation
+
+
+def listen_fds() -> tuple[InheritedFd, ...]:
+    """Take every descriptor that was passed and that nobody has taken yet: sd_listen_fds(3).
+
+    Returns:
+        The descriptors in the order of their numbers; the caller owns them. Empty if nothing was passed.
+
+    Raises:
+        ListenEnvironmentError: A LISTEN_* variable is malformed.
+        AlreadyTakenError: They belong to our parent, which claimed them before it forked us.
+        DescriptorError: A descriptor is not open.
+    """
+    with lock:
+        return process_activation().take_remaining(by="listen_fds()")
+
+
+def _read(environ: Mapping[str, str], pid: int) -> ListenEnvironment:
+    # The inode is a syscall away and needed by one variable alone.
+    inode = pidfd_inode() if "LISTEN_PIDFDID" in environ and pid == os.getpid() else None
+    return read_listen_environment(environ, pid=pid, pidfdid=inode)
+
+
+def _describe_passed(fd: int, last: int) -> Descriptor:
+    try:
+        return describe(fd)
+    except OSError as error:
+        text = (
+            f"LISTEN_FDS={last - LISTEN_FDS_START} promises fd {LISTEN_FDS_START} to {last - 1}, but fd {fd} "
+            f"is not open ({error.strerror}): something between the manager and us closed it"
+        )
+        raise DescriptorError(text, fd=fd) from error
+
+
+def _after_fork_in_child() -> None:
+    # Another thread may have held the lock when this one forked.
+    global lock  # noqa: PLW0603
+    lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

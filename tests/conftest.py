@@ -1,0 +1,149 @@
+"""What every test gets: a check that nothing leaked, and a way to be passed descriptors without a manager."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sdlisten import activation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+LISTEN_VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES")
+
+
+def state_of_process() -> dict[str, object]:
+    """Return all that a failing call must leave alone: descriptors, their flags, the environment."""
+    state: dict[str, object] = {}
+    for entry in os.listdir("/proc/self/fd"):
+        fd = int(entry)
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
+            link = os.readlink(f"/proc/self/fd/{fd}")
+            flags = fcntl.fcntl(fd, fcntl.F_GETFD), fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+            state[f"fd {fd}"] = (link, *flags)
+    state["environ"] = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return state
+
+
+def differences(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[object, object]]:
+    """Return what two states have not in common."""
+    names = before.keys() | after.keys()
+    return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    """Compare descriptors, flags and environment before and after every test."""
+    gc.collect()
+    before = state_of_process()
+    yield
+    gc.collect()
+    leaked = differences(before, state_of_process())
+    assert not leaked, f"not as before the test: {leaked}"
+
+
+@pytest.fixture
+def unchanged() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Give a context manager that compares descriptors, flags and environment around a failing call."""
+
+    @contextlib.contextmanager
+    def compare() -> Iterator[None]:
+        before = state_of_process()
+        yield
+        changed = differences(before, state_of_process())
+        assert not changed, f"changed by a call that failed: {changed}"
+
+    return compare
+
+
+class Passing:
+    """Pass descriptors to this very process, at 3 and up, as a manager does to a new one."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._placed = 0
+
+    def __call__(
+        self,
+        *things: int | socket.socket,
+        names: Sequence[str] | str | None = None,
+        environ: dict[str, str] | None = None,
+    ) -> None:
+        """Place duplicates of ``things`` at 3… (blocking state as it is, inheritable) and set LISTEN_*.
+
+        Args:
+            things: Descriptors or sockets; they stay the caller's.
+            names: FileDescriptorNames, or the text of LISTEN_FDNAMES; None leaves it out.
+            environ: Set instead of, or beside, what follows from the rest.
+        """
+        assert not self._placed, "one set of descriptors per test"
+        self._placed = len(things)
+        fds = [thing if isinstance(thing, int) else thing.fileno() for thing in things]
+        last = 3 + len(fds)
+        self._stack.callback(_restore, _put_aside(last))
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 100) for fd in fds]
+        for target, source in enumerate(high, 3):
+            os.dup2(source, target, inheritable=True)
+            os.close(source)
+        variables = {"LISTEN_FDS": str(len(fds)), "LISTEN_PID": str(os.getpid())} if fds else {}
+        if names is not None:
+            variables["LISTEN_FDNAMES"] = names if isinstance(names, str) else ":".join(names)
+        os.environ.update({**variables, **(environ or {})})
+
+
+def _put_aside(last: int) -> dict[int, tuple[int, bool] | None]:
+    aside: dict[int, tuple[int, bool] | None] = {}
+    for fd in range(3, last):
+        try:
+            inheritable = os.get_inheritable(fd)
+        except OSError:
+            aside[fd] = None
+        else:
+            aside[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 100), inheritable
+            os.close(fd)
+    return aside
+
+
+def _restore(aside: dict[int, tuple[int, bool] | None]) -> None:
+    gc.collect()  # a forgotten socket must close its number before the number is another's again
+    for fd, saved in aside.items():
+        if saved is None:
+            with contextlib.suppress(OSError):  # closed by who took it
+                os.close(fd)
+        else:
+            os.dup2(saved[0], fd, inheritable=saved[1])
+            os.close(saved[0])
+
+
+@pytest.fixture
+def passing(monkeypatch: pytest.MonkeyPatch, _nothing_leaks: None) -> Iterator[Passing]:
+    """Pass descriptors to this process; afterwards they are gone and nothing was ever claimed."""
+    for variable in (*LISTEN_VARIABLES, "SDLISTEN_REQUIRE", "SDLISTEN_BACKEND"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(activation, "_process", None)
+    environ = dict(os.environ)
+    with contextlib.ExitStack() as stack:
+        yield Passing(stack)
+        os.environ.clear()
+        os.environ.update(environ)
+
+
+@pytest.fixture
+def tcp() -> Iterator[socket.socket]:
+    """Give a listening TCP socket on IPv4 with a backlog of its own (77), blocking as a manager passes it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=77) as sock:
+        yield sock
+
+
+@pytest.fixture
+def rounds() -> Callable[[int], int]:
+    """Scale a repeated proof: SDLISTEN_ROUNDS (a fraction such as 0.1, or more) times its full number, at least 1."""
+    factor = float(os.environ.get("SDLISTEN_ROUNDS", "1"))
+    return lambda full: max(1, round(full * factor))
