@@ -179,5 +179,5 @@ def _text(name: bytes) -> str:
     return repr(name.decode("utf-8", "surrogateescape"))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover -- under -I -S nothing can measure
     posix._exit(main(sys.argv[1:]))  # noqa: SLF001 -- public as os._exit, but os is not imported

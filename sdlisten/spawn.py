@@ -109,8 +109,8 @@ def spawn(
 ) -> Child:
     """Start a program that finds descriptors at 3, 4, ... and all else as a manager leaves it.
 
-    That is: no descriptor beyond those and 0, 1, 2; no signal blocked or ignored. Descriptors are *borrowed*: the
-    program gets duplicates, and shares with the caller what belongs to the open file, such as O_NONBLOCK.
+    That is: no descriptor beyond those and 0, 1, 2; no signal blocked or ignored. Descriptors are *borrowed*:
+    the program gets duplicates, and shares with the caller what belongs to the open file, such as O_NONBLOCK.
 
     A program that cannot be executed ends as in a shell: with 127 if it was not found, else with 126, after a
     line on its stderr that says why.
