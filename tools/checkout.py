@@ -69,12 +69,13 @@ def pip_install(*what: str) -> None:
     # -qq leaves errors alone. One retry: whoever is offline should hear it soon.
     options = ("-qq", "--no-input", "--disable-pip-version-check")
     command = [str(venv_python()), "-m", "pip", "install", *options, *what]
-    environ = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "15"} | os.environ
+    environ = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "10"} | os.environ
     done = subprocess.run(command, cwd=ROOT, env=environ, check=False, text=True, stderr=subprocess.PIPE)
     if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
-        raise SetupError(f"pip install failed: {reason}")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        # The build of a wheel runs a pip in pip, whose errors stand in the middle.
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        raise SetupError(f"pip install failed: {errors[-1] if errors else ' / '.join(lines[-5:])}")
 
 
 def fingerprint() -> str:
