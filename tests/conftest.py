@@ -144,6 +144,6 @@ def tcp() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def rounds() -> Callable[[int], int]:
-    """Scale a repeated proof: SDLISTEN_ROUNDS (a fraction such as 0.1, or more) times its full number, at least 1."""
+    """Scale a repeated proof: SDLISTEN_ROUNDS (1 if unset; a fraction or more) times its number, at least 1."""
     factor = float(os.environ.get("SDLISTEN_ROUNDS", "1"))
     return lambda full: max(1, round(full * factor))
