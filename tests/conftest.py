@@ -144,6 +144,6 @@ def tcp() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def rounds() -> Callable[[int], int]:
-    """Scale a repeated proof: SDLISTEN_ROUNDS (1 if unset; a fraction or more) times its number, at least 1."""
+    """Scale a repeated proof: SDLISTEN_ROUNDS (1 if unset; or a fraction) times its number, at least 1."""
     factor = float(os.environ.get("SDLISTEN_ROUNDS", "1"))
     return lambda full: max(1, round(full * factor))
