@@ -130,19 +130,22 @@ class Activation:
     def take_listeners(self, name: str) -> Listeners:
         """Take all listeners that were passed or stored under a name.
 
+        A unit may pass other descriptors under the same name (``ListenDatagram=`` beside ``ListenStream=``);
+        they stay for others to take.
+
         Returns:
             The listeners, which own their descriptors: non-blocking and close-on-exec.
 
         Raises:
             NameNotFoundError: Nothing has that name.
             AlreadyTakenError: Somebody took one before.
-            DescriptorError: Something with that name is no listener; nothing is taken.
+            DescriptorError: Nothing with that name listens.
         """
-        chosen = self._named(name)
-        for inherited in chosen:
-            if inherited.kind is not Kind.LISTENER:
-                text = f"{inherited} does not listen; take_sockets() and take_fds() take anything"
-                raise DescriptorError(text, fd=inherited.fd)
+        named = self._named(name)
+        chosen = [inherited for inherited in named if inherited.kind is Kind.LISTENER]
+        if not chosen:
+            text = f"{join(named)} does not listen; take_sockets() and take_fds() take anything"
+            raise DescriptorError(text, fd=named[0].fd)
         return self.adopt(chosen, by=f"take_listeners({name!r})")
 
     def take_sockets(self, name: str) -> tuple[socket.socket, ...]:

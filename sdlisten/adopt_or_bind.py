@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sdlisten.activation import Activation
+    from sdlisten.address import Address
     from sdlisten.inherited import InheritedFd
 
-__all__ = ("Adopt", "listen")
+__all__ = ("Adopt", "bind", "listen")
 
 
 class Adopt(enum.Enum):
@@ -82,7 +83,7 @@ def listen(
             return passed.adopt(chosen, by=str(wanted))
     # Binding is not done under the lock: resolving a host name can take long.
     try:
-        bound = _bind(wanted, backlog=backlog, reuse_port=reuse_port, mode=mode)
+        bound = bind(wanted.address, name=name, backlog=backlog, reuse_port=reuse_port, mode=mode)
     except OSError as error:
         if " meant for " in passed.absent:
             error.add_note(f"{passed.absent}.")
@@ -118,8 +119,21 @@ def _required_by_environment() -> Adopt:
     return Adopt.REQUIRE if value == "1" else Adopt.AUTO
 
 
-def _bind(wanted: Wanted, *, backlog: int, reuse_port: bool, mode: int) -> Listeners:
-    address = wanted.address
+def bind(
+    address: Address | None,
+    *,
+    name: str | None = None,
+    backlog: int = DEFAULT_BACKLOG,
+    reuse_port: bool = False,
+    mode: int = 0o600,
+) -> Listeners:
+    """Bind, whatever was passed; `listen` says what the arguments mean.
+
+    Raises:
+        AddressError: The path is occupied by something that is no socket.
+        OSError: Binding failed; notes say what to do about it.
+        ValueError: ``reuse_port`` for anything but TCP.
+    """
     created: tuple[int, int] | None = None
     if isinstance(address, PortAddress | InetAddress | HostAddress):
         sockets = _bind_tcp(address, backlog=backlog, reuse_port=reuse_port)
@@ -134,8 +148,7 @@ def _bind(wanted: Wanted, *, backlog: int, reuse_port: bool, mode: int) -> Liste
     else:
         assert isinstance(address, VsockAddress)  # noqa: S101 - the only kind left; None never comes here
         sockets = [bind_vsock(address.cid, address.port, backlog)]
-    name = wanted.name or ""
-    return Listeners(Listener(sock, name=name, origin=Origin.BOUND, created=created) for sock in sockets)
+    return Listeners(Listener(s, name=name or "", origin=Origin.BOUND, created=created) for s in sockets)
 
 
 def _bind_tcp(
