@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
 
-__all__ = ("close_from", "die_with_parent", "execute", "main", "pidfdid", "stamp")
+__all__ = ("close_from", "die_with_parent", "execute", "main", "pidfdid", "reset_signals", "stamp")
 
 # Exit codes of a shell that cannot start a program.
 _CANNOT_EXECUTE = 126
@@ -37,10 +37,7 @@ def main(words: Sequence[str], *, execve: Callable[..., object] = posix.execve) 
     Returns:
         The exit code of a shell that cannot start a program; a line on stderr says why.
     """
-    # Python ignores SIGPIPE and SIGXFSZ, and what is ignored stays ignored through exec.
-    # SIGINT would print a traceback.
-    for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
-        _signal.signal(number, _signal.SIG_DFL)
+    reset_signals()
     ctype, death, *command = [word.encode("utf-8", "surrogateescape") for word in words]
     environ = posix.environ
     # Where the locale is C, Python puts LC_CTYPE=C.UTF-8 into the environment, under -I as well (PEP 538).
@@ -58,6 +55,13 @@ def main(words: Sequence[str], *, execve: Callable[..., object] = posix.execve) 
             return _refuse(command[0], f"PR_SET_PDEATHSIG: {error}", _CANNOT_EXECUTE)
     close_from(3 + count)
     return execute(command, environ, execve=execve)
+
+
+def reset_signals() -> None:
+    """Undo what every Python does to signals at its start."""
+    # SIGPIPE and SIGXFSZ are ignored, and stay so through exec. SIGINT would print a traceback.
+    for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
+        _signal.signal(number, _signal.SIG_DFL)
 
 
 def stamp(environ: MutableMapping[bytes, bytes], pid: int, pidfdid: int | None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import resource
 import select
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ("Child", "spawn")
-
-# Its text, kept from the start: a supervisor that lives longer than the files of its version must not run the
-# shim of another one; and it need not be a file (zipapp).
-_SHIM: bytes = exec_shim.__loader__.get_data(exec_shim.__file__)  # type: ignore[union-attr]
 
 _RESETTABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
@@ -132,7 +129,8 @@ def spawn(
 
     Raises:
         TypeError: `command` is one string.
-        ValueError: `command` is empty, or a word or variable cannot be passed (a NUL, a "=" in a name).
+        ValueError: `command` is empty, a word or variable cannot be passed (a NUL, a "=" in a name), or a
+            descriptor is negative.
         ListenEnvironmentError: A name cannot be a FileDescriptorName.
         RuntimeError: There is no interpreter: `sys.executable` is empty, or a frozen program.
         OSError: A descriptor is not open (EBADF), none is left (EMFILE), or no process could be made.
@@ -186,7 +184,17 @@ def _shim(ctype: str | None, pdeathsig: int | None) -> list[str | bytes]:
         "" if pdeathsig is None else f"{pdeathsig:d}:{os.getpid()}",
     ]
     # -X utf8 reads and writes each byte of the words unchanged, whatever the locale.
-    return [sys.executable, "-I", "-S", "-X", "utf8", "-c", _SHIM, *orders]
+    return [sys.executable, "-I", "-S", "-X", "utf8", "-c", _shim_text(), *orders]
+
+
+@functools.cache
+def _shim_text() -> bytes:
+    """Return `sdlisten.exec_shim` as text, read once, from a directory or a zip file.
+
+    A supervisor may live longer than the files of its version: it must not run the shim of another one.
+    """
+    text: bytes = exec_shim.__spec__.loader.get_data(exec_shim.__file__)  # type: ignore[union-attr]
+    return text
 
 
 def _placed(

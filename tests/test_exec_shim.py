@@ -227,6 +227,23 @@ def test_main_with_descriptors(stamped: Callable[..., Exec]) -> None:
     assert [signal.getsignal(number) for number in CHANGED] == [signal.SIG_DFL] * len(CHANGED)
 
 
+def test_stamps_the_environment_of_a_wrapper() -> None:
+    """A wrapper with a pid of its own, here a shell, can make what was passed the program's own."""
+    code = (
+        "import os; from sdlisten.exec_shim import *; "
+        "reset_signals(); stamp(os.environb, os.getpid(), pidfdid()); "
+        "execute([b'sh', b'-c', b'echo $$ $LISTEN_PID; grep SigIgn /proc/self/status'], os.environb)"
+    )
+    environ = {**os.environ, "LISTEN_FDS": "1", "LISTEN_PID": "1"}
+    command = ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-c", code]
+    pids, ignored = subprocess.run(
+        command, env=environ, capture_output=True, timeout=20, check=True
+    ).stdout.splitlines()
+
+    assert pids.split()[0] == pids.split()[1]
+    assert int(ignored.split()[1], 16) & 1 << signal.SIGPIPE - 1 == 0
+
+
 @pytest.mark.parametrize(
     ("word", "expected"), [("", {}), ("=", {b"LC_CTYPE": b""}), ("=\udce9=", {b"LC_CTYPE": b"\xe9="})]
 )

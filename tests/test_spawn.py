@@ -605,6 +605,12 @@ def test_descriptor_that_is_not_open() -> None:
     assert caught.value.__notes__ == ["Descriptor 4321 was to become 4 in a new program."]
 
 
+def test_descriptor_that_is_none() -> None:
+    """A negative number is refused, and nothing is left behind."""
+    with nothing_left(), pytest.raises(ValueError, match="negative"):
+        spawn(["true"], stdin=-1)
+
+
 def test_no_descriptor_left() -> None:
     """Whichever duplicate finds no number left, the error is EMFILE and nothing is left behind."""
     with memfds(1) as (fd,):
