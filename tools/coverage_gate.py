@@ -17,11 +17,14 @@ _COMPLETE = frozenset(
         "activation",
         "address",
         "adopt_or_bind",
+        "backend",
         "binding",
         "descriptor",
         "environment",
         "errors",
+        "inherited",
         "listener",
+        "matching",
         "message",
     }
 )
