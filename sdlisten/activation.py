@@ -20,9 +20,10 @@ import os
 import threading
 
 from sdlisten.backend import require_agreement
-from sdlisten.descriptor import Kind, describe, pidfd_inode
+from sdlisten.descriptor import Kind, describe
 from sdlisten.environment import LISTEN_FDS_START, VARIABLES, read_listen_environment
 from sdlisten.errors import AlreadyTakenError, DescriptorError, NameNotFoundError
+from sdlisten.exec_shim import pidfdid
 from sdlisten.inherited import InheritedFd, join
 from sdlisten.listener import Listeners
 
@@ -299,9 +300,8 @@ def listen_fds() -> tuple[InheritedFd, ...]:
 
 
 def _read(environ: Mapping[str, str], pid: int) -> ListenEnvironment:
-    # The inode is a syscall away and needed by one variable alone.
-    inode = pidfd_inode() if "LISTEN_PIDFDID" in environ and pid == os.getpid() else None
-    return read_listen_environment(environ, pid=pid, pidfdid=inode)
+    own = pidfdid() if "LISTEN_PIDFDID" in environ and pid == os.getpid() else None
+    return read_listen_environment(environ, pid=pid, pidfdid=own)
 
 
 def _describe_passed(fd: int, last: int) -> Descriptor:

@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sdlisten.address import Address
 
-__all__ = ("Descriptor", "Kind", "describe", "listen_queue", "pidfd_inode")
+__all__ = ("Descriptor", "Kind", "describe", "listen_queue")
 
 
 class Kind(enum.Enum):
@@ -243,25 +243,3 @@ def _unix_queue(inode: int) -> tuple[int, int] | None:
             return waiting, backlog
         offset += (length + 3) & ~3 or 4
     return None
-
-
-def pidfd_inode() -> int | None:
-    """Return the number that identifies this process until the next boot, as LISTEN_PIDFDID has it.
-
-    Returns:
-        The inode of this process's pidfd; None where pidfds have no inodes of their own (before Linux 6.9 all
-        of them share one with every other anonymous file) or do not exist.
-    """
-    try:
-        pidfd = os.pidfd_open(os.getpid())
-    except (AttributeError, OSError):  # no Linux; ENOSYS; a seccomp filter's EPERM
-        return None
-    try:
-        status = os.fstat(pidfd)
-        anonymous = os.eventfd(0)
-        try:
-            return None if os.fstat(anonymous).st_dev == status.st_dev else status.st_ino
-        finally:
-            os.close(anonymous)
-    finally:
-        os.close(pidfd)
