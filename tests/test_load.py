@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,7 +35,6 @@ from sdlisten.load.result import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n41 hello"
 GOOD_CLOSE = GOOD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
@@ -211,6 +211,30 @@ def test_early_close_before_the_loop_has_looked(listener: socket.socket) -> None
 
     assert counted(result) == {"early_close": 1}
     assert result.opened == 1
+
+
+def test_early_close_forgets_the_moment_to_send(listener: socket.socket) -> None:
+    """After an early close nothing is sent when the delay is over, and the client is free once, not twice."""
+    with by_hand(word_of(listener), mode="slow") as engine:
+        engine.settle(engine.start)
+        assert [client.phase for client in engine.active] == [Phase.HOLDING]
+        listener.accept()[0].close()
+        engine.settle(engine.start)
+        engine.settle(engine.start + 1)
+
+        assert [client.phase for client in engine.free] == [Phase.FREE]
+
+
+def test_slow_clients_do_not_march_in_step() -> None:
+    """In a closed loop of slow requests the clients begin one after the other within the delay."""
+    engine = Engine(Load(1, mode="slow", clients=4, delay=0.2), 4)
+    free = []
+    for milliseconds in (0, 51, 101, 151):
+        engine.settle(engine.start + milliseconds / 1e3)
+        free.append(len(engine.free))
+    engine.close()
+
+    assert free == [1, 2, 3, 4]
 
 
 def test_answer_before_the_question() -> None:
@@ -613,8 +637,13 @@ def test_table() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_with_a_result(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGINT and SIGTERM end the program with its result and 0, and its handlers are gone afterwards."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    """SIGINT and SIGTERM end the program with its result and 0, and leave the process as it was."""
+
+    def state() -> tuple[object, ...]:
+        slack = Path("/proc/self/timerslack_ns").read_text(encoding="ascii")
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), slack
+
+    before = state()
     once = iter([number])
 
     def script(connection: socket.socket) -> None:
@@ -628,7 +657,7 @@ def test_signal_ends_with_a_result(number: int, capsys: pytest.CaptureFixture[st
     result = Result.from_json(capsys.readouterr().out)
     assert code == 0
     assert set(counted(result)) == {"ok"}
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert state() == before
 
 
 def test_progress(
