@@ -81,6 +81,11 @@ def install_if_possible(session: nox.Session, requirement: str) -> None:
         session.warn(f"{text}: tests that need it are skipped")
 
 
+def run_pytest(session: nox.Session, *command: str, env: dict[str, str] | None = None) -> None:
+    """Run the tests; after Ctrl-C they get the time to stop what they started, such as containers."""
+    session.run(*command, env=env, interrupt_timeout=120, terminate_timeout=30)
+
+
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel that all tests run on."""
@@ -113,13 +118,11 @@ def tests(session: nox.Session) -> None:
     install_for_tests(session, "test")
     install_wheel(session)
     if not measured:
-        session.run("pytest", *session.posargs)
+        run_pytest(session, "pytest", *session.posargs)
         return
     # Absolute, because children of the tests run elsewhere; coverage hands both on to them.
-    session.run(
-        *("coverage", "run", f"--rcfile={ROOT / 'pyproject.toml'}", "-m", "pytest", *session.posargs),
-        env={"COVERAGE_FILE": str(COVERAGE / "data")},
-    )
+    command = ("coverage", "run", f"--rcfile={ROOT / 'pyproject.toml'}", "-m", "pytest")
+    run_pytest(session, *command, *session.posargs, env={"COVERAGE_FILE": str(COVERAGE / "data")})
 
 
 @nox.session(python=PYTHONS)
@@ -146,7 +149,7 @@ def integration(session: nox.Session) -> None:
     """Run integration/ on the built wheel."""
     install_for_tests(session, "integration")
     install_wheel(session)
-    session.run("pytest", "integration", *session.posargs)
+    run_pytest(session, "pytest", "integration", *session.posargs)
 
 
 @nox.session
@@ -154,4 +157,4 @@ def soak(session: nox.Session) -> None:
     """Run all tests with every repeated proof SDLISTEN_ROUNDS times as long."""
     install_for_tests(session, "integration")
     install_wheel(session)
-    session.run("pytest", "--timeout=3600", *existing("tests", "integration"), *session.posargs)
+    run_pytest(session, "pytest", "--timeout=3600", *existing("tests", "integration"), *session.posargs)

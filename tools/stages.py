@@ -10,6 +10,7 @@ import sys
 import time
 import tomllib
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tools.checkout import ROOT, SetupError, pip_install, say, venv_python
@@ -18,7 +19,6 @@ from tools.pythons import find_pythons
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tools.pythons import Interpreter
 
@@ -92,7 +92,7 @@ class _Runner:
         """Run one nox session as a stage."""
         command = [str(venv_python()), "-m", "nox", "--session", session]
         with self.stage(session):
-            subprocess.run(command, cwd=ROOT, env=self._environ | environ, check=True)
+            _run(command, self._environ | environ)
 
     def remember(self, name: str, value: Path) -> None:
         """Set an environment variable for all later stages."""
@@ -103,9 +103,21 @@ class _Runner:
         say("")
         for stage, verdict, seconds in self.results:
             late = ", over its budget" if seconds > _budget(stage) else ""
-            say(f"{stage:<12} {verdict:<7} {seconds:6.1f} s of {_budget(stage):>4} s{late}")
+            say(f"{stage:<13} {verdict:<6} {seconds:6.1f} s of {_budget(stage):>4} s{late}")
         say(f"{'together':<20} {sum(result.seconds for result in self.results):6.1f} s")
         return 0 if all(result.verdict == "ok" for result in self.results) else 1
+
+
+def _run(command: list[str], environ: dict[str, str]) -> None:
+    with subprocess.Popen(command, cwd=ROOT, env=environ) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            # subprocess.run() would kill it a moment later; it has to stop what it started.
+            process.wait()
+            raise
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def _budget(stage: str) -> int:
@@ -131,7 +143,8 @@ def _supported_pythons() -> list[Interpreter]:
     supported = [p for p in found if f"Programming Language :: Python :: {p.minor}" in classifiers]
     for python in found:
         note = "" if python in supported else ": not used, pyproject.toml does not name it"
-        say(f"Python {python.version:<8} {python.path}{note}")
+        place = str(python.path).replace(str(Path.home()), "~", 1)
+        say(f"Python {python.version:<8} {place}{note}")
     if not supported:
         raise SetupError("none of these is a Python that pyproject.toml names")
     return supported
