@@ -4,9 +4,6 @@ The receiving side of sd_notify(3), for the supervisor and for tests. Its rules 
 (src/core/manager.c, src/shared/notify-recv.c).
 """
 
-# pathlib would load re, and a supervisor should start small:
-# ruff: noqa: PTH102, PTH106, PTH108
-
 from __future__ import annotations
 
 import contextlib
