@@ -1,4 +1,7 @@
-"""System packages that the tests need: installed where we are root and have apt, otherwise only named."""
+"""System packages that the tests need: installed where we are root and have apt, otherwise only named.
+
+A container engine is not among them: integration/ brings its own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
     from tools.pythons import Interpreter
 
-__all__ = ("provide_engine", "provide_packages")
+__all__ = ("provide_packages",)
 
 # Program: the Debian package that has it, and why the tests want it.
 _PROGRAMS = {
@@ -26,9 +29,6 @@ _PROGRAMS = {
     "ss": "iproute2",  # reads backlogs from outside
     "systemd-socket-activate": "systemd",  # the manager's side, without a manager
 }
-# What integration/ needs to start an engine of its own, and to build images where no registry answers.
-_ENGINE = {"dockerd": "docker.io", "iptables": "iptables"}
-_IMAGES = {"mmdebstrap": "mmdebstrap"}
 
 
 def provide_packages(pythons: Iterable[Interpreter]) -> None:
@@ -47,27 +47,6 @@ def provide_packages(pythons: Iterable[Interpreter]) -> None:
     missing += [f"python{python.minor}-dev" for python in debians if not python.has_headers]
     if missing:
         _install(missing)
-
-
-def provide_engine() -> None:
-    """Install a container engine if none answers and we may; without one, integration/ says what it skips.
-
-    Raises:
-        SetupError: apt failed.
-    """
-    wanted = _IMAGES if _engine_answers() else _ENGINE | _IMAGES
-    missing = [package for program, package in wanted.items() if shutil.which(program) is None]
-    if missing and (os.geteuid() != 0 or shutil.which("apt-get") is None):
-        say(f"not installed, because that takes root and apt: {' '.join(missing)}")
-        return
-    if missing:
-        _install(missing)
-    if shutil.which("docker") is None:  # from Debian 13 on, docker.io comes without its client
-        _install(["docker-cli"])
-
-
-def _engine_answers() -> bool:
-    return shutil.which("docker") is not None and _succeeds("docker", "info")
 
 
 def _has_libsystemd() -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tools.checkout import ROOT, SetupError, pip_install, say, venv_python
-from tools.packages import provide_engine, provide_packages
+from tools.packages import provide_packages
 from tools.pythons import find_pythons
 
 if TYPE_CHECKING:
@@ -78,8 +78,6 @@ class _Runner:
         with self.stage("setup"):
             if for_tests:
                 provide_packages(pythons)
-            if for_tests and _has_integration():
-                provide_engine()
             has_nox = subprocess.run([venv_python(), "-c", "import nox"], check=False, capture_output=True)
             if has_nox.returncode != 0:
                 say("installing nox into .venv …")
