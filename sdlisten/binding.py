@@ -55,9 +55,8 @@ def bind_sockets(  # noqa: PLR0917 - Tornado's argument order is the contract
 ) -> list[socket.socket]:
     """Bind and listen on a TCP port, at every address that the arguments stand for.
 
-    Follows getaddrinfo(3), tcp(7) and ipv6(7). IPv6 sockets are v6-only, so that IPv4 has its own; IPv4 comes
-    first, otherwise the resolver's order holds. Left out are a family that the system does not have, and
-    ``::1`` of ``localhost`` where no interface has it.
+    Follows getaddrinfo(3), tcp(7), ipv6(7). IPv6 sockets are v6-only; IPv4 comes first. Left out are a family
+    that the system does not have, and ``::1`` of ``localhost`` where no interface has it.
 
     Args:
         port: 0 to 65535, an int; 0 means a free port, the same for all sockets of the call.
@@ -144,9 +143,11 @@ def bind_unix_path(file: Path, mode: int, backlog: int) -> tuple[socket.socket, 
         raise ValueError(f"mode={mode!r} is not a mode: expected 0 to 0o777, such as 0o660")
     # Of two starters one must not unlink what the other has bound since it looked. A lock file would stay.
     with contextlib.ExitStack() as at_end:
-        locked = _lock(os.path.dirname(path) or ".", at_end)
-        _make_way(path, locked=locked)
-        return _bind_path(path, mode, backlog)
+        _make_way(path, locked=_lock(os.path.dirname(path) or ".", at_end))
+        try:
+            return _bind_path(path, mode, backlog)
+        except OSError as error:
+            raise _refusal(error, path) from None
 
 
 def bind_vsock(cid: int, port: int, backlog: int = DEFAULT_BACKLOG) -> socket.socket:
@@ -172,7 +173,6 @@ def _listen_on(
     sock: socket.socket, sockaddr: tuple[Any, ...] | bytes, backlog: int, *options: tuple[int, int, int]
 ) -> socket.socket:
     """Take ownership of a socket, set its options, bind and listen; if anything fails, it is closed."""
-    family = sock.family
     try:
         for level, name, value in options:
             sock.setsockopt(level, name, value)
@@ -182,7 +182,7 @@ def _listen_on(
     except OSError as error:
         sock.close()
         port = sockaddr[1] if isinstance(sockaddr, tuple) else None
-        raise _refusal(error, str(address_of_sockname(family, sockaddr, v6only=True)), port) from None
+        raise _refusal(error, str(address_of_sockname(sock.family, sockaddr, v6only=True)), port) from None
     except BaseException:
         sock.close()
         raise
@@ -212,8 +212,7 @@ def _resolve(address: str | None, port: int, family: int, flags: int) -> list[Ta
     except ValueError as error:  # UnicodeError of the idna codec
         raise AddressError(f"address={address!r} cannot be a host name: {error}") from error
     targets: list[Target] = sorted(((entry[0], entry[4]) for entry in found), key=lambda target: target[0])
-    if address == "localhost":
-        # macOS counts fe80::1%lo0 to localhost, and its firewall asks the user about it each time.
+    if address == "localhost":  # macOS adds fe80::1%lo0, and its firewall asks the user about it each time
         targets = [target for target in targets if not any(target[1][3:])]
     return list(dict.fromkeys(targets))
 
@@ -268,8 +267,7 @@ def _bind_once(targets: list[Target], address: str | None, port: int, listen: Li
                 left_out = error.errno, error.strerror
         on_failure.pop_all()
     if not sockets:
-        text = f"nothing is left to bind for address={address!r}, port={port}: {left_out[1]}"
-        raise OSError(left_out[0], text)
+        raise OSError(left_out[0], f"nothing left to bind: address={address!r}, port={port}: {left_out[1]}")
     return sockets
 
 
@@ -349,10 +347,11 @@ def _make_way(path: str, *, locked: bool) -> None:
 def _is_dead(path: str) -> bool:
     """Tell whether no process holds the socket at a path any more.
 
-    Linux looks for the socket before it looks at its type: ECONNREFUSED means that there is none, EPROTOTYPE
-    one of another type. So a datagram socket asks without leaving a connection in a living server's queue,
-    and sees a server that does not listen yet. gVisor refuses it at every stream listener, hence the second
-    one. Any other errno means alive: EAGAIN is a full queue, EACCES a server not meant for us.
+    Linux looks for the socket before it looks at its type (unix_find_bsd in net/unix/af_unix.c):
+    ECONNREFUSED means that there is none, EPROTOTYPE one of another type. So a datagram socket asks without
+    leaving a connection in a living server's queue, and sees a server that does not listen yet. gVisor
+    refuses it at every stream listener (connectionedEndpoint.UnidirectionalConnect): hence the second one.
+    Any other errno means alive: EAGAIN is a full queue, EACCES a server not meant for us.
     """
     for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
         with _new_socket(socket.AF_UNIX, kind) as probe:
@@ -362,25 +361,19 @@ def _is_dead(path: str) -> bool:
 
 
 def _bind_path(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[int, int]]:
-    sock = _new_socket(socket.AF_UNIX)
-    made: os.stat_result | None = None
-    try:
+    with contextlib.ExitStack() as on_failure:
+        sock = on_failure.enter_context(_new_socket(socket.AF_UNIX))
         # Linux gives the path the mode of the unbound socket, less the umask, which is the whole process's
         # and not ours to change. macOS: EINVAL; there nobody can connect before the listen() below.
         with contextlib.suppress(OSError):
             os.fchmod(sock.fileno(), mode)
         sock.bind(path)  # never a temporary name: getsockname() keeps for ever what was bound
         made = os.lstat(path)
+        on_failure.callback(_unlink_same, path, made)  # before close(): an open socket keeps its inode number
         if stat.S_IMODE(made.st_mode) != mode:
             _chmod(path, made, mode)
         sock.listen(backlog)
-    except BaseException as error:
-        if made:
-            _unlink_same(path, made)  # before close(): an open socket keeps its inode number
-        sock.close()
-        if isinstance(error, OSError):
-            raise _refusal(error, path) from None
-        raise
+        on_failure.pop_all()
     return sock, (made.st_dev, made.st_ino)
 
 
