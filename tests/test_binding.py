@@ -1012,27 +1012,36 @@ def test_a_path_that_is_another_by_now_is_not_unlinked(
         assert answers(path, server)
 
 
+@pytest.mark.parametrize("put", [Path.symlink_to, Path.hardlink_to])
+@pytest.mark.parametrize("late", [False, True])
 def test_chmod_never_follows_what_was_put_in_the_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchanged: Unchanged
+    put: Callable[[Path, Path], None], late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A symbolic link or a hard link put at the path before the chmod leaves its target's mode as it is."""
-    path, victim, really_open = tmp_path / "socket", tmp_path / "victim", os.open
+    """A link put at the path before the chmod, or in the last instant, leaves its target's mode as it is."""
+    path, victim, really_open, really_chmod = tmp_path / "socket", tmp_path / "victim", os.open, os.chmod
     victim.touch(0o600)
-    for put in (path.symlink_to, path.hardlink_to):
 
-        def swap(name: str, flags: int, put: Callable[[Path], None] = put) -> int:
-            if flags & os.O_PATH:
-                path.unlink()
-                put(victim)
-            return really_open(name, flags)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "open", swap)
-            with umask(0o077), unchanged(), pytest.raises(FileExistsError, match=f"another file.*'{path}'"):
-                bind_unix_socket(path, 0o666)
-        assert stat.S_IMODE(os.lstat(victim).st_mode) == 0o600
-        assert path.exists()
+    def swap() -> None:
         path.unlink()
+        put(path, victim)
+
+    def swap_and_open(name: str, flags: int) -> int:
+        if flags & os.O_PATH and not late:
+            swap()
+        return really_open(name, flags)
+
+    def swap_and_chmod(name: str, mode: int) -> None:
+        swap()
+        really_chmod(name, mode)
+
+    monkeypatch.setattr(os, "open", swap_and_open)
+    monkeypatch.setattr(os, "chmod", swap_and_chmod)
+    replaced = pytest.raises(FileExistsError, match=f"replaced by another file .*'{path}'")
+    with umask(0o077), contextlib.nullcontext() if late else replaced:
+        bind_unix_socket(path, 0o666).close()
+    monkeypatch.undo()
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+    assert path.samefile(victim)
 
 
 def test_where_the_unbound_socket_has_no_mode_it_is_set_before_anybody_can_connect(
@@ -1077,6 +1086,27 @@ def test_a_starter_waits_for_the_other(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(time, "sleep", sleep)
         bind_unix_socket(path).close()
     assert len(waits) == 3
+
+
+def test_nobody_comes_in_between_the_look_and_the_unlink(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A starter that comes while another is about to unlink the dead socket cannot bind, and so not lose it."""
+    path, really_unlink, unlinked = tmp_path / "socket", os.unlink, []
+    leave_dead(path)
+
+    def unlink(name: str) -> None:
+        monkeypatch.setattr(os, "unlink", really_unlink)
+        with pytest.raises(TimeoutError):
+            bind_unix_socket(path)
+        unlinked.append(name)
+        really_unlink(name)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(binding, "_LOCK_SECONDS", 0.0)
+    with bind_unix_socket(path) as sock:
+        assert unlinked == [os.fspath(path)]
+        assert answers(path, sock)
 
 
 def test_a_lock_that_is_never_released_is_told(
