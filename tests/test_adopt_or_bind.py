@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -118,6 +119,17 @@ def test_address_in_use_and_meant_for_another(
     notes = "\n".join(caught.value.__notes__)
     assert "a wrapper started us without exec" in notes
     assert "start through the unit" in notes
+
+
+def test_address_in_use(passing: Passing, tcp: socket.socket, unchanged: Unchanged) -> None:
+    """An address in use is an OSError, with a note for operators that names no wrapper if there was none."""
+    passing()
+
+    with unchanged(), pytest.raises(OSError, match="in use") as caught:
+        listen(word(tcp))
+
+    assert caught.value.errno == errno.EADDRINUSE
+    assert "wrapper" not in "".join(caught.value.__notes__)
 
 
 def test_require_by_environment_has_two_values(passing: Passing, monkeypatch: pytest.MonkeyPatch) -> None:
