@@ -42,7 +42,7 @@ __all__ = (
     "parse_named_address",
 )
 
-# sizeof(sun_path) is 108; systemd wants a closing NUL in a path, the kernel a leading one in a name.
+# sizeof(sun_path) is 108, and systemd wants a closing NUL, behind an abstract name too (whose "@" counts).
 SUN_PATH_MAX = 107
 VMADDR_ANY = 0xFFFFFFFF
 _MAPPED = "::ffff:"
@@ -265,22 +265,26 @@ def _canonical(address: Address) -> Address:
 def _parse_unix(word: str) -> Address:
     if "\0" in word:
         raise _not_an_address(word, "a path has no NUL byte")
-    _check_length(word, word)
+    if word == "/":
+        raise _not_an_address(word, "a path is more than a slash")
+    _checked_bytes(word)
     return UnixAddress(word)
 
 
 def _parse_abstract(word: str) -> Address:
-    name = word[1:].encode("utf-8", "surrogateescape")
-    if not name:
+    if word == "@":
         raise _not_an_address(word, "an abstract name has at least one byte behind the '@'")
-    _check_length(word, word[1:])
-    return AbstractAddress(name)
+    return AbstractAddress(_checked_bytes(word)[1:])
 
 
-def _check_length(word: str, text: str) -> None:
-    length = len(text.encode("utf-8", "surrogateescape"))
-    if length > SUN_PATH_MAX:
-        raise _not_an_address(word, f"it has {length} bytes, unix(7) allows {SUN_PATH_MAX}")
+def _checked_bytes(word: str) -> bytes:
+    try:
+        encoded = word.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise _not_an_address(word, "it has characters that no path can have") from None
+    if len(encoded) > SUN_PATH_MAX:
+        raise _not_an_address(word, f"it has {len(encoded)} bytes, systemd allows {SUN_PATH_MAX}")
+    return encoded
 
 
 def _parse_vsock(word: str) -> Address:
@@ -305,7 +309,8 @@ def _parse_ipv6(word: str) -> Address:
     if canonical is None:
         raise _not_an_address(word, f"{host!r} is no IPv6 address")
     scope = scope_within or scope_behind
-    if any(character in scope for character in "/[]: \0"):
+    # 0 means no interface to the kernel, and nothing to systemd.
+    if scope == "0" or any(character in scope for character in "/[]: \0"):
         raise _not_an_address(word, f"{scope!r} is no name or index of an interface")
     return InetAddress(canonical, _parse_port(word, port), scope)
 
