@@ -1091,7 +1091,7 @@ def test_a_starter_waits_for_the_other(tmp_path: Path, monkeypatch: pytest.Monke
 def test_nobody_comes_in_between_the_look_and_the_unlink(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A starter that comes while another is about to unlink the dead socket cannot bind, and lose it again."""
+    """A starter that comes while another is about to unlink the dead socket cannot bind, to lose it again."""
     path, really_unlink, unlinked = tmp_path / "socket", os.unlink, []
     leave_dead(path)
 
