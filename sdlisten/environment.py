@@ -75,19 +75,20 @@ def read_listen_environment(
     fds = environ.get("LISTEN_FDS")
     if found is None:
         return _without_pid(environ, fds, pidfdid)
-    if _number("LISTEN_PID", found, 1, _INT_MAX) != pid:
-        given = "LISTEN_PID is set but LISTEN_FDS is not" if fds is None else f"LISTEN_FDS={fds}"
-        return ListenEnvironment(
-            0, None, f"{given} is meant for pid {found}, this is {pid}: a wrapper started us without exec"
+    for_pid = _number("LISTEN_PID", found, 1, _INT_MAX)
+    if fds is None:
+        return ListenEnvironment(0, None, f"LISTEN_FDS is not set, only LISTEN_PID={found}")
+    if for_pid != pid:
+        absent = (
+            f"LISTEN_FDS={fds} is meant for pid {found}, this is {pid}: a wrapper started us without exec"
         )
+        return ListenEnvironment(0, None, absent)
     for_pidfdid = environ.get("LISTEN_PIDFDID")
     if for_pidfdid is not None:
         number = _number("LISTEN_PIDFDID", for_pidfdid, 0, _UINT64_MAX)
         if pidfdid is not None and number != pidfdid:
             absent = f"LISTEN_PIDFDID={number} is meant for another process with our pid; ours is {pidfdid}"
             return ListenEnvironment(0, None, absent)
-    if fds is None:
-        return _without_fds(environ)
     count = _number("LISTEN_FDS", fds, 1, _INT_MAX - LISTEN_FDS_START)
     return ListenEnvironment(count, _names(environ.get("LISTEN_FDNAMES"), count))
 
@@ -149,10 +150,6 @@ def _without_pid(environ: Mapping[str, str], fds: str | None, pidfdid: int | Non
         f"read them already (importing twisted.internet.endpoints does). Call sdlisten before that code."
     )
     raise ListenEnvironmentError(text, variable=variable, value=value)
-
-
-def _without_fds(environ: Mapping[str, str]) -> ListenEnvironment:
-    return ListenEnvironment(0, None, f"LISTEN_FDS is not set, only LISTEN_PID={environ['LISTEN_PID']}")
 
 
 def _number(variable: str, value: str, lowest: int, highest: int) -> int:
