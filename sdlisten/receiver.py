@@ -7,6 +7,7 @@ The receiving side of sd_notify(3), for the supervisor and for tests. Its rules 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -36,7 +37,8 @@ class Received:
         pid: Process that sent it, in our pid namespace; the kernel vouches for it.
         uid: Its user.
         gid: Its group.
-        fds: The descriptors, close-on-exec. This object owns them until `detach`: `close` closes them.
+        fds: The descriptors, close-on-exec. This object owns them until `detach`: they are closed by `close`,
+            and with it.
     """
 
     __slots__ = ("assignments", "fds", "gid", "pid", "uid")
@@ -59,6 +61,9 @@ class Received:
         """Close the descriptors that were not detached; a second call does nothing."""
         _close_all(self.detach())
 
+    def __del__(self) -> None:
+        self.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -80,7 +85,7 @@ class Receiver:
     Args:
         abstract: Use an abstract name.
         directory: Where to make the fresh directory; else the first that is writable of $RUNTIME_DIRECTORY,
-            $XDG_RUNTIME_DIR, $TMPDIR, /tmp, /run, /dev/shm.
+            $TMPDIR, /tmp, /run, /dev/shm.
 
     Attributes:
         address: The value for NOTIFY_SOCKET.
@@ -168,31 +173,25 @@ def _fresh_directory(parent: str | os.PathLike[str] | None) -> str:
     """Make a directory that is ours alone, short enough for a socket's address."""
     name = f"sdlisten-{os.urandom(8).hex()}"
     if parent is not None:
-        path = f"{os.fspath(parent)}/{name}"
+        path = f"{os.path.abspath(parent)}/{name}"
         os.mkdir(path, 0o700)
         return path
     # RUNTIME_DIRECTORY= of systemd.exec(5) may hold several, separated by colons.
-    wishes = (
-        os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0],
-        os.environ.get("XDG_RUNTIME_DIR"),
-        os.environ.get("TMPDIR"),
-        "/tmp",  # noqa: S108 - the directory made there is new, ours, and 0700
-        "/run",
-        # A container with a read-only root still has it.
-        "/dev/shm",  # noqa: S108 - as above
-    )
-    refusal: OSError | None = None
+    runtime_directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    # /dev/shm is there also in a container whose root is read-only.
+    wishes = (runtime_directory, os.environ.get("TMPDIR", ""), "/tmp", "/run", "/dev/shm")  # noqa: S108 - 0700
+    refusal: OSError = FileNotFoundError(errno.ENOENT, "no directory for a notification socket")
     for wish in wishes:
-        if not wish or len(os.fsencode(f"{wish}/{name}/notify")) > _PATH_MAX:
-            continue
-        try:
-            path = f"{wish}/{name}"
-            os.mkdir(path, 0o700)
-        except OSError as error:
-            refusal = error
-        else:
-            return path
-    raise refusal or OSError("no directory for a notification socket")
+        path = f"{wish}/{name}"
+        # An address is absolute, and what does not fit into it cannot be bound.
+        if wish.startswith("/") and len(os.fsencode(f"{path}/notify")) <= _PATH_MAX:
+            try:
+                os.mkdir(path, 0o700)
+            except OSError as error:
+                refusal = error
+            else:
+                return path
+    raise refusal
 
 
 def _read(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int, fds: tuple[int, ...]) -> Received:
@@ -238,4 +237,6 @@ def _credentials(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, int,
 
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
-        os.close(fd)
+        # It is closed also where close(2) reports a fault, as of a file on a network, which is the sender's.
+        with contextlib.suppress(OSError):
+            os.close(fd)
