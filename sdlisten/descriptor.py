@@ -49,6 +49,7 @@ class Kind(enum.Enum):
 
 _SOCKETS = frozenset({Kind.LISTENER, Kind.CONNECTION, Kind.DATAGRAM, Kind.SOCKET})
 _CONNECTING = frozenset({socket.SOCK_STREAM, socket.SOCK_SEQPACKET})
+_QUEUE_SIZE = 80  # FILENT_SIZE of the kernel's ipc/mqueue.c
 
 
 class Descriptor:
@@ -145,15 +146,16 @@ def _kind_of_file(fd: int, status: os.stat_result) -> Kind:
     # The file systems of queues and memfds have no disk, which spares other files the questions.
     if os.major(status.st_dev) != 0:
         return Kind.FILE
-    if _is_message_queue(fd):
-        return Kind.MESSAGE_QUEUE
-    return Kind.MEMFD if _proc_link(fd).startswith("/memfd:") else Kind.FILE
+    if _proc_link(fd).startswith("/memfd:"):
+        return Kind.MEMFD
+    return Kind.MESSAGE_QUEUE if _is_message_queue(fd, status) else Kind.FILE
 
 
-def _is_message_queue(fd: int) -> bool:
-    # mq_overview(7): the descriptor of a queue is a file descriptor, and reads like the file in /dev/mqueue.
+def _is_message_queue(fd: int, status: os.stat_result) -> bool:
+    # mq_overview(7): the descriptor of a queue is a file descriptor, and reads like the file in /dev/mqueue,
+    # which always has this size. No other file is read: what /proc/kmsg tells is gone from the kernel's log.
     try:
-        return os.pread(fd, 6, 0) == b"QSIZE:"
+        return status.st_size == _QUEUE_SIZE and os.pread(fd, 6, 0) == b"QSIZE:"
     except OSError:  # not readable: opened for writing alone, or no file that can be read at an offset
         return False
 
