@@ -14,7 +14,7 @@ from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
 __all__ = ("pytest_collect_file",)
 
-# Time never gates. On a new machine the first draw of a text takes seconds: hypothesis then builds its tables.
+# Time never gates. On a new machine the first draw of a text takes seconds: hypothesis builds its tables.
 settings.register_profile("sdlisten", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sdlisten")
 

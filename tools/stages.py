@@ -26,13 +26,13 @@ __all__ = ()
 
 # Seconds on two cores with nothing cached. They inform and do not gate: a slow machine fails no test.
 _BUDGETS = {
-    "setup": 60,
-    "wheel": 15,
-    "lint": 20,
-    "types": 60,
-    "tests": 75,
+    "setup": 45,
+    "wheel": 10,
+    "lint": 15,
+    "types": 45,
+    "tests": 100,
     "coverage": 15,
-    "docs": 45,
+    "docs": 30,
     "integration": 420,
     "soak": 3600,
 }
