@@ -17,14 +17,21 @@ if TYPE_CHECKING:
         ActivationError,
         AddressError,
         AlreadyTakenError,
+        BarrierTimeoutError,
         DescriptorError,
         ListenEnvironmentError,
+        MessageError,
         NameNotFoundError,
         NotActivatedError,
+        NotifyError,
         SdlistenError,
+        StateError,
+        StoreRefusedError,
     )
     from sdlisten.inherited import InheritedFd
     from sdlisten.listener import Listener, Listeners, Origin, SharedSocket
+    from sdlisten.notifier import Notifier, booted, notify, watchdog_timeout
+    from sdlisten.state import State, take_state
 
 __all__ = (
     "DEFAULT_BACKLOG",
@@ -34,22 +41,33 @@ __all__ = (
     "AddressError",
     "Adopt",
     "AlreadyTakenError",
+    "BarrierTimeoutError",
     "DescriptorError",
     "InheritedFd",
     "Kind",
     "ListenEnvironmentError",
     "Listener",
     "Listeners",
+    "MessageError",
     "NameNotFoundError",
     "NotActivatedError",
+    "Notifier",
+    "NotifyError",
     "Origin",
     "SdlistenError",
     "SharedSocket",
+    "State",
+    "StateError",
+    "StoreRefusedError",
     "add_accept_handler",
     "bind_sockets",
     "bind_unix_socket",
+    "booted",
     "listen",
     "listen_fds",
+    "notify",
+    "take_state",
+    "watchdog_timeout",
 )
 
 __version__ = "0.1.0"
@@ -63,13 +81,19 @@ _HOME = {
     "Kind": "descriptor",
     "Listener": "listener",
     "Listeners": "listener",
+    "Notifier": "notifier",
     "Origin": "listener",
     "SharedSocket": "listener",
+    "State": "state",
     "add_accept_handler": "accepting",
     "bind_sockets": "binding",
     "bind_unix_socket": "binding",
+    "booted": "notifier",
     "listen": "adopt_or_bind",
     "listen_fds": "activation",
+    "notify": "notifier",
+    "take_state": "state",
+    "watchdog_timeout": "notifier",
 }
 
 

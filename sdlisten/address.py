@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = (
+    "SUN_PATH_MAX",
+    "VMADDR_ANY",
     "AbstractAddress",
     "Address",
     "HostAddress",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sdlisten.testing import Activated
 
-__all__ = ("run",)
+__all__ = ("REQUESTS", "run")
 
 REQUESTS = 50
 _START_TIMEOUT = 10.0  # seconds
@@ -32,7 +32,7 @@ _COLUMNS = ("path", "name", "address", "family", "non-blocking", "close-on-exec"
 _HELLO = (sys.executable, "-m", "sdlisten.hello")
 
 
-class PromiseBrokenError(Exception):
+class _PromiseBrokenError(Exception):
     """Something was not as promised; the text says what."""
 
 
@@ -56,7 +56,7 @@ def run() -> int:
                 _say("systemd-socket-activate is not installed here: left out")
             _say("bound: nothing is passed, so it binds for itself")
             rows += _bound(directory)
-        except (PromiseBrokenError, OSError) as error:
+        except (_PromiseBrokenError, OSError) as error:
             print(f"NOT as promised: {error}", *getattr(error, "__notes__", ()), sep="\n  ")
             return 1
     _print_table(rows)
@@ -161,7 +161,7 @@ def _free_port() -> int:
 
 def _check(promise: bool, otherwise: str) -> None:
     if not promise:
-        raise PromiseBrokenError(otherwise)
+        raise _PromiseBrokenError(otherwise)
 
 
 def _say(text: str) -> None:

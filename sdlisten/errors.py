@@ -10,8 +10,11 @@ The whole tree::
     │   ├── NotActivatedError (ValueError)  nothing was passed, and nothing may be bound
     │   ├── NameNotFoundError          sockets were passed, none of them fits
     │   └── AlreadyTakenError          somebody took the descriptor before
+    ├── MessageError (ValueError)      a field, or a whole message, is not one of sd_notify(3)
+    ├── StateError (ValueError)        a state is too large to be kept, or its version does not fit
     └── NotifyError                    the manager could not be told, and the caller asked for certainty
-        └── BarrierTimeoutError (TimeoutError)  the manager did not process the messages in time
+        ├── BarrierTimeoutError (TimeoutError)  it did not process the messages in time
+        └── StoreRefusedError          its fd store is full, absent, or closed to us
 
 An `AddressError` or `ActivationError` that ends a program should end it with exit code 78 (EX_CONFIG of
 sysexits.h): starting again does not help, and units say ``RestartPreventExitStatus=78``.
@@ -31,10 +34,13 @@ __all__ = (
     "BarrierTimeoutError",
     "DescriptorError",
     "ListenEnvironmentError",
+    "MessageError",
     "NameNotFoundError",
     "NotActivatedError",
     "NotifyError",
     "SdlistenError",
+    "StateError",
+    "StoreRefusedError",
 )
 
 
@@ -43,7 +49,7 @@ class SdlistenError(Exception):
 
 
 class AddressError(SdlistenError, ValueError):
-    """A word is not an address in the grammar of ``ListenStream=``, or its path is occupied by something else."""
+    """A word is no address in the grammar of ``ListenStream=``, or its path is occupied by something else."""
 
 
 class ActivationError(SdlistenError):
@@ -88,9 +94,39 @@ class AlreadyTakenError(ActivationError):
     """The descriptor was taken before; each is taken once in the life of a process."""
 
 
+class MessageError(SdlistenError, ValueError):
+    """A field, or a whole message, is not one of sd_notify(3).
+
+    Attributes:
+        field: The name of the field at fault, or None if it is the message.
+        value: What was found there, or None.
+    """
+
+    def __init__(self, text: str, *, field: str | None = None, value: object = None) -> None:
+        super().__init__(text)
+        self.field = field
+        self.value = value
+
+
+class StateError(SdlistenError, ValueError):
+    """A state is too large to be kept, or its version is no number that fits."""
+
+
 class NotifyError(SdlistenError):
     """The manager could not be told something, and the caller had asked to know."""
 
 
 class BarrierTimeoutError(NotifyError, TimeoutError):
     """The manager did not confirm within the time limit that it had processed the messages before."""
+
+
+class StoreRefusedError(NotifyError):
+    """The manager's descriptor store is full, absent, or closed to us.
+
+    Attributes:
+        kept: How many descriptors it keeps: the first ones of those given. It closed the others.
+    """
+
+    def __init__(self, text: str, *, kept: int) -> None:
+        super().__init__(text)
+        self.kept = kept

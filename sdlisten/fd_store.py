@@ -12,8 +12,8 @@ import select
 import socket
 import time
 
-from sdlisten.errors import BarrierTimeoutError, NotifyError
-from sdlisten.message import FDS_MAX, MessageError, assignment, encode_message
+from sdlisten.errors import BarrierTimeoutError, MessageError, NotifyError, StoreRefusedError
+from sdlisten.message import FDS_MAX, assignment, encode_message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sdlisten.manager import Manager
 
-__all__ = ("StoreRefusedError", "passable", "store", "store_confirmed", "store_message")
+__all__ = ("passable", "store", "store_confirmed", "store_message")
 
 _CANARY = "sdlisten.canary"
 _CANARIES = 100  # at a time: twice as many descriptors are open meanwhile
@@ -33,18 +33,6 @@ _REFUSAL = (
     0.1  # seconds after a barrier by which a manager has closed what it refused: it does so on the side
 )
 _CONFIRMATION = 2.0  # seconds to wait for a silent manager, once: see Manager.synchronise
-
-
-class StoreRefusedError(NotifyError):
-    """The manager's descriptor store is full, absent, or closed to us.
-
-    Attributes:
-        kept: How many descriptors it keeps: the first ones of those given. It closed the others.
-    """
-
-    def __init__(self, text: str, *, kept: int) -> None:
-        super().__init__(text)
-        self.kept = kept
 
 
 def passable(stored_name: str) -> int:

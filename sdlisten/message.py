@@ -33,7 +33,7 @@ BARRIER                  1                             exactly one descriptor, a
 
 from __future__ import annotations
 
-from sdlisten.errors import SdlistenError
+from sdlisten.errors import MessageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ __all__ = (
     "FDS_MAX",
     "MESSAGE_MAX",
     "STATUS_MAX",
-    "MessageError",
     "assignment",
     "check_fdname",
     "decode_message",
@@ -98,20 +97,6 @@ _COMPANIONS = (
     ("FDNAME", ("FDSTORE", "FDSTOREREMOVE")),
     ("FDPOLL", ("FDSTORE",)),
 )
-
-
-class MessageError(SdlistenError, ValueError):
-    """A field, or a whole message, is not one of sd_notify(3).
-
-    Attributes:
-        field: The name of the field at fault, or None if it is the message.
-        value: What was found there, or None.
-    """
-
-    def __init__(self, text: str, *, field: str | None = None, value: object = None) -> None:
-        super().__init__(text)
-        self.field = field
-        self.value = value
 
 
 def assignment(name: str, value: int | str) -> str:

@@ -13,7 +13,8 @@ import socket
 import struct
 from array import array
 
-from sdlisten.message import FDS_MAX, MESSAGE_MAX, MessageError, decode_message
+from sdlisten.errors import MessageError
+from sdlisten.message import FDS_MAX, MESSAGE_MAX, decode_message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

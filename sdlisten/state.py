@@ -11,7 +11,7 @@ import os
 import struct
 import time
 
-from sdlisten.errors import DescriptorError, SdlistenError
+from sdlisten.errors import DescriptorError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ __all__ = (
     "STATE_MAX",
     "STATE_PREFIX",
     "State",
-    "StateError",
     "check_state",
     "read_state",
     "take_state",
@@ -53,10 +52,6 @@ _HEADER = struct.Struct(
 _MAGIC = b"sdlstat1"
 _VERSION_MAX = 2**32 - 1
 _MFD_NOEXEC_SEAL = 0x8  # linux/memfd.h; since Linux 6.3
-
-
-class StateError(SdlistenError, ValueError):
-    """A state is too large to be kept, or its version is no number that fits."""
 
 
 class State:

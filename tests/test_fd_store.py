@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdlisten import fd_store
-from sdlisten.errors import BarrierTimeoutError, NotifyError
-from sdlisten.fd_store import StoreRefusedError, passable, store, store_confirmed, store_message
+from sdlisten.errors import BarrierTimeoutError, MessageError, NotifyError, StoreRefusedError
+from sdlisten.fd_store import passable, store, store_confirmed, store_message
 from sdlisten.manager import Manager
-from sdlisten.message import FDS_MAX, MessageError, decode_message
+from sdlisten.message import FDS_MAX, decode_message
 from sdlisten.receiver import Received, Receiver
 
 if TYPE_CHECKING:

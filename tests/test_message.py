@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdlisten.errors import SdlistenError
+from sdlisten.errors import MessageError, SdlistenError
 from sdlisten.message import (
     FDNAME_MAX,
     FDS_MAX,
     MESSAGE_MAX,
     STATUS_MAX,
-    MessageError,
     assignment,
     check_fdname,
     decode_message,

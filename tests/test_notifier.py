@@ -20,12 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdlisten import notifier as notifier_module
-from sdlisten.errors import BarrierTimeoutError, NotifyError
-from sdlisten.fd_store import StoreRefusedError
-from sdlisten.message import MessageError
+from sdlisten.errors import BarrierTimeoutError, MessageError, NotifyError, StateError, StoreRefusedError
 from sdlisten.notifier import Notifier, booted, notify, watchdog_timeout
 from sdlisten.receiver import Received, Receiver
-from sdlisten.state import STATE_MAX, StateError, read_state
+from sdlisten.state import STATE_MAX, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdlisten import receiver as receiver_module
-from sdlisten.message import FDS_MAX, MESSAGE_MAX, MessageError
+from sdlisten.errors import MessageError
+from sdlisten.message import FDS_MAX, MESSAGE_MAX
 from sdlisten.receiver import Received, Receiver
 
 if TYPE_CHECKING:

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdlisten.errors import DescriptorError, SdlistenError
+from sdlisten.errors import DescriptorError, SdlistenError, StateError
 from sdlisten.state import (
     STATE_MAX,
     STATE_PREFIX,
     State,
-    StateError,
     check_state,
     read_state,
     take_state,
