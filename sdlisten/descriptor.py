@@ -49,6 +49,7 @@ class Kind(enum.Enum):
 
 _SOCKETS = frozenset({Kind.LISTENER, Kind.CONNECTION, Kind.DATAGRAM, Kind.SOCKET})
 _CONNECTING = frozenset({socket.SOCK_STREAM, socket.SOCK_SEQPACKET})
+_NONBLOCK: int = getattr(socket, "SOCK_NONBLOCK", 0)  # macOS has neither this nor SO_PROTOCOL and TCP_INFO
 _QUEUE_SIZE = 80  # FILENT_SIZE of the kernel's ipc/mqueue.c
 
 
@@ -58,7 +59,8 @@ class Descriptor:
     Attributes:
         fd: Its number; borrowed.
         kind: What it is.
-        family, type, proto: As in socket(2), SO_TYPE and SO_PROTOCOL, plain ints; -1 if it is no socket.
+        family, type, proto: As in socket(2), SO_TYPE and SO_PROTOCOL, plain ints; -1 if it is no socket, or
+            if the system does not tell (the protocol, on macOS).
         sockname: What ``getsockname()`` returns; None if it is no socket.
         address: The listening address, if it has one that can be written as a word.
         identity: (st_dev, st_ino) of the open file, which tell whether the number still means the same one.
@@ -99,7 +101,7 @@ def describe(fd: int) -> Descriptor:
 def _borrow(fd: int) -> socket.SocketType:
     # An explicit SOCK_NONBLOCK keeps the constructor from calling ioctl(FIONBIO) when the program has used
     # socket.setdefaulttimeout(). Family -1: found out by the constructor.
-    return socket.SocketType(-1, socket.SOCK_NONBLOCK, 0, fd)
+    return socket.SocketType(-1, _NONBLOCK, 0, fd)
 
 
 def _describe_socket(fd: int, identity: tuple[int, int]) -> Descriptor:
@@ -108,7 +110,8 @@ def _describe_socket(fd: int, identity: tuple[int, int]) -> Descriptor:
     try:
         found.family = borrowed.family
         found.type = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        found.proto = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+        if hasattr(socket, "SO_PROTOCOL"):
+            found.proto = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
         found.sockname = borrowed.getsockname()
         if found.type in _CONNECTING:
             found.kind = _kind_of_stream(borrowed)
@@ -176,9 +179,9 @@ def listen_queue(fd: int) -> tuple[int, int] | None:
         fd: A listener; borrowed.
 
     Returns:
-        (waiting, backlog), or None where the kernel does not tell: for a VM socket, or for a unix socket if
-        netlink is not allowed (``RestrictAddressFamilies=`` without AF_NETLINK) or it comes from another
-        network namespace.
+        (waiting, backlog), or None where the kernel does not tell: on macOS, for a VM socket, or for a unix
+        socket if netlink is not allowed (``RestrictAddressFamilies=`` without AF_NETLINK) or it comes from
+        another network namespace.
 
     Raises:
         OSError: It is not an open socket.
@@ -189,7 +192,7 @@ def listen_queue(fd: int) -> tuple[int, int] | None:
             return _unix_queue(os.fstat(fd).st_ino)
         try:
             info = borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
-        except OSError:  # EOPNOTSUPP, ENOPROTOOPT: not TCP
+        except (AttributeError, OSError):  # macOS; EOPNOTSUPP, ENOPROTOOPT: not TCP
             return None
     finally:
         borrowed.detach()
@@ -232,7 +235,7 @@ def _unix_queue(inode: int) -> tuple[int, int] | None:
             netlink.setblocking(False)
             netlink.send(request)
             answer = netlink.recv(4096)
-    except OSError:  # forbidden by a sandbox, or a kernel without unix_diag
+    except (AttributeError, OSError):  # macOS; forbidden by a sandbox; a kernel without unix_diag
         return None
     (kind,) = struct.unpack_from("=H", answer, 4)
     if kind != _SOCK_DIAG_BY_FAMILY:  # NLMSG_ERROR: no such socket in this network namespace

@@ -450,6 +450,21 @@ def test_listeners_of_another_network_namespace() -> None:
     assert (done.stdout, done.stderr) == ("None (0, 7)\n", "")
 
 
+def test_without_what_only_linux_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS listeners are described too, without protocol and queue: it binds there, for development."""
+    for name in ("SO_PROTOCOL", "TCP_INFO", "AF_NETLINK", "AF_VSOCK"):
+        monkeypatch.delattr(f"sdlisten.descriptor.socket.{name}")
+    monkeypatch.setattr("sdlisten.descriptor._NONBLOCK", 0)
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("")
+        unix.listen()
+        found = [describe(sock.fileno()) for sock in (tcp, unix)]
+
+        assert [listen_queue(sock.fileno()) for sock in (tcp, unix)] == [None, None]
+        assert [one.kind for one in found] == [Kind.LISTENER, Kind.LISTENER]
+        assert found[0].address == InetAddress(*tcp.getsockname())
+
+
 def test_descriptors_are_plain() -> None:
     """A description has no more than what is documented, so that ten thousand of them stay small."""
     assert not hasattr(Descriptor(3, Kind.FILE, (0, 0)), "__dict__")
