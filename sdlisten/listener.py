@@ -7,6 +7,7 @@ open file description, and with it the backlog, O_NONBLOCK, and the end that shu
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
@@ -187,11 +188,13 @@ class Listener:
         sock = self.socket
         duplicate = os.dup(sock.fileno())
         try:
-            # SOCK_NONBLOCK: the Python object must know that it does not block; the file description does.
-            return SharedSocket(sock.family, sock.type | socket.SOCK_NONBLOCK, sock.proto, duplicate)
+            shared = SharedSocket(sock.family, sock.type, sock.proto, duplicate)
         except BaseException:
             os.close(duplicate)
             raise
+        # For the object, which does not learn it from the descriptor; and another holder may have cleared it.
+        shared.setblocking(False)
+        return shared
 
     def detach(self) -> _Socket:
         """Give the socket up to the caller, who owns it from now on, and with it the path of a unix socket.
@@ -212,10 +215,12 @@ class Listener:
         if sock is None:
             return
         self._release()
-        # Remove before closing: while the socket is alive no other server takes the path over.
-        if created and created[0] == os.getpid():
-            _unlink_same(str(self.sockname), created[1:])
-        sock.close()
+        try:
+            # Remove before closing: while the socket is alive no other server takes the path over.
+            if created and created[0] == os.getpid():
+                _unlink_same(str(self.sockname), created[1:])
+        finally:
+            sock.close()
 
     def _release(self) -> None:
         while self.before_release:
@@ -249,9 +254,10 @@ class Listeners(tuple[Listener, ...]):
     __slots__ = ()
 
     def close(self) -> None:
-        """Close every listener. Harmless twice."""
-        for listener in self:
-            listener.close()
+        """Close every listener, the others too if one of them fails. Harmless twice."""
+        with contextlib.ExitStack() as stack:
+            for listener in reversed(self):
+                stack.callback(listener.close)
 
     def __enter__(self) -> Self:
         return self
