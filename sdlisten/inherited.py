@@ -82,9 +82,13 @@ class InheritedFd:
     def to_socket(self) -> socket.socket:
         """Wrap the descriptor in a socket that owns it; nothing changes in the kernel."""
         found = self._found
-        # socket() does not learn O_NONBLOCK from a descriptor: the object would say that it blocks.
-        flag = 0 if os.get_blocking(self.fd) else socket.SOCK_NONBLOCK
-        return socket.socket(found.family, found.type | flag, found.proto, fileno=self.fd)
+        blocking = os.get_blocking(self.fd)
+        # The object does not learn O_NONBLOCK from the descriptor. SOCK_NONBLOCK tells it, and keeps its
+        # constructor from setting the flag, which other holders share, after socket.setdefaulttimeout().
+        sock = socket.socket(found.family, found.type | socket.SOCK_NONBLOCK, found.proto, fileno=self.fd)
+        if blocking:
+            sock.setblocking(True)  # tells the object: the descriptor does block
+        return sock
 
     def to_listener(self) -> Listener:
         """Wrap the descriptor in a Listener that owns it: non-blocking, close-on-exec."""
