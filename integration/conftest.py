@@ -172,6 +172,7 @@ def clean(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def plain(images: Callable[..., str], network: str) -> Iterator[Callable[..., Plain]]:
     """Start a plain container with the library in it: the arguments of `Plain`, and `release` (trixie)."""
+    images(TRIXIE)  # takes its time here, not in the test
     with contextlib.ExitStack() as stack:
 
         def start(*command: str, release: Release = TRIXIE, **options: Any) -> Plain:  # noqa: ANN401 -- Plain's
@@ -221,5 +222,4 @@ def _say(request: pytest.FixtureRequest, text: str) -> None:
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-        reporter.ensure_newline()
-        reporter.write_line(f"integration: {text}")
+        reporter.write_line(f"\nintegration: {text}")

@@ -38,7 +38,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import urllib3.exceptions
 from docker.errors import APIError, BuildError, ImageNotFound
 from testcontainers.core.docker_client import DockerClient
 
@@ -119,9 +118,10 @@ BOOTSTRAP_SECONDS = 600
 
 MAKE_BOOTABLE = f"""\
 FROM {{source}}
-RUN export DEBIAN_FRONTEND=noninteractive && apt-get -qq update && \
+RUN dpkg --status {" ".join(PACKAGES)} >/dev/null 2>&1 || {{{{ \
+    export DEBIAN_FRONTEND=noninteractive && apt-get -qq update && \
     apt-get -qq install --yes --no-install-recommends {" ".join(PACKAGES)} >/dev/null && \
-    rm -rf /var/lib/apt/lists/*
+    rm -rf /var/lib/apt/lists/*; }}}}
 """
 
 # Compiled now: a service under ProtectSystem= or DynamicUser= could never write its own .pyc files.
@@ -132,7 +132,7 @@ COPY root /
 RUN python3 -m compileall -q {site} && rm -f /etc/systemd/system/timers.target.wants/*
 """
 
-# How long a registry may be silent before it counts as absent.
+# How long a registry may take to describe an image before it counts as absent.
 PULL_SECONDS = 20
 KEEP_SECONDS = 3600
 
@@ -215,10 +215,9 @@ def _installed(release: Release) -> Mapping[str, bytes]:
 
 def _with_test_dependencies(client: docker.DockerClient, release: Release, parent: str) -> str:
     """Return the tag of `parent` with what the test suite needs; downloaded on the host, for `release`."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     architecture = client.info()["Architecture"]
     platforms = [f"manylinux_2_{minor}_{architecture}" for minor in (5, 12, 17, 28, 34)]
-    wanted = [f"--platform={platform}" for platform in platforms] + groups["test"]
+    wanted = [f"--platform={platform}" for platform in platforms] + _requirements("test")
     dockerfile = ADD_PACKAGES.format(parent=parent, site=release.site)
 
     def make(tag: str) -> None:
@@ -239,6 +238,15 @@ def _with_test_dependencies(client: docker.DockerClient, release: Release, paren
             _build(client, tag, dockerfile, {f"root{release.site}": Path(directory)})
 
     return _made(client, f"sdlisten-dependencies:{release.suite}", [dockerfile, *wanted], make)
+
+
+def _requirements(group: str) -> list[str]:
+    """Return what a dependency group of pyproject.toml asks for, with the groups that it includes."""
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"][group]
+    lists = (
+        _requirements(entry["include-group"]) if isinstance(entry, dict) else [entry] for entry in entries
+    )
+    return [requirement for requirements in lists for requirement in requirements]
 
 
 def base(client: docker.DockerClient, release: Release) -> str:
@@ -281,10 +289,11 @@ def _pulled(client: docker.DockerClient, name: str) -> Image | None:
     """Return the image called `name`, from the engine or else from a registry that answers soon; or None."""
     with contextlib.suppress(ImageNotFound):
         return client.images.get(name)
-    impatient = connect(PULL_SECONDS)  # a limit from line to line of the progress, not for the whole
+    impatient = connect(PULL_SECONDS)
     try:
-        return impatient.images.pull(name)
-    except (APIError, OSError, urllib3.exceptions.HTTPError):
+        impatient.images.get_registry_data(name)  # docker-py's pull itself has no time limit
+        return client.images.pull(name)
+    except (APIError, OSError):  # OSError: requests' errors, ReadTimeout among them
         return None
     finally:
         impatient.close()
