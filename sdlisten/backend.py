@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ("require_agreement",)
 
+_NOT_US = "SDLISTEN_BACKEND=builtin does without it; please report this."
+# By default python-systemd unsets the variables where libsystemd looks, and leaves them in os.environ.
+_BEFORE_US = (
+    "Other code in this process has called systemd.daemon.listen_fds() before; call sdlisten instead."
+)
+
 
 def require_agreement(names: Mapping[int, str]) -> None:
     """Ask libsystemd what was passed to this process, unless ``SDLISTEN_BACKEND`` says otherwise.
@@ -60,6 +66,6 @@ def _compare(names: Mapping[int, str], listen_fds_with_names: Callable[..., dict
     if found != names:
         text = (
             f"libsystemd does not agree on what was passed: it says {found!r}, we found {dict(names)!r}. "
-            f"SDLISTEN_BACKEND=builtin does without it; please report this."
+            f"{_NOT_US if found else _BEFORE_US}"
         )
         raise ListenEnvironmentError(text, variable="LISTEN_FDS", value=os.environ.get("LISTEN_FDS"))
