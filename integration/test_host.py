@@ -269,8 +269,8 @@ def test_exec_behind_a_wrapper(started: Callable[..., Activated]) -> None:
     daemon = started(*WRAPPER, *exec_, *HELLO, "-l", address, addresses=(address,))
     answer = exchange(connect(address))
     pid = int(answer.partition(b"\r\n\r\n")[2].split()[0])
+    os.kill(pid, signal.SIGTERM)
+    assert daemon.wait() == 0
     assert pid != daemon.pid
     assert answer == hello_of(pid)
     assert described(daemon) == [["adopted", "unknown", address, "yes", "yes"]]
-    os.kill(pid, signal.SIGTERM)
-    assert daemon.wait() == 0
