@@ -105,7 +105,7 @@ def install(programs: Iterable[str]) -> None:
             check=False,
         )
         if done.returncode:
-            raise EngineUnavailableError(f"{wish} failed: {' '.join(done.stderr.split())[-500:]}")
+            raise EngineUnavailableError(f"{wish} failed:\n{(done.stdout + done.stderr).strip()[-1500:]}")
 
 
 @contextlib.contextmanager
