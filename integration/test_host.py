@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 HELLO = (sys.executable, "-m", "sdlisten.hello")
 PROBE = (sys.executable, str(Path(__file__).parent / "apps" / "probe.py"))
+# A program that knows listeners only.
+LISTEN = """
+import sys, sdlisten
+try:
+    sdlisten.listen("9")
+except sdlisten.ActivationError as error:
+    print(error, flush=True)
+    sys.exit(78)
+"""
 # A wrapper that does not exec: the program is its child, and LISTEN_PID its own pid.
 WRAPPER = ("sh", "-c", '"$@"; exit $?', "sh")
 
@@ -100,11 +109,11 @@ def exchange(client: socket.socket, request: bytes = REQUEST) -> bytes:
         return b"".join(iter(lambda: client.recv(65536), b""))
 
 
-def hello_of(pid: int) -> bytes:
-    """Return what `sdlisten.hello` answers if it is that process."""
-    body = f"{pid} says hello\n"
-    head = f"HTTP/1.0 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return (head + body).encode()
+def pid_in(answer: bytes) -> int:
+    """Return the pid that an answer of `sdlisten.hello` names."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split()[1:2] == [b"200"], answer
+    return int(body.split()[0])
 
 
 def described(daemon: Activated) -> list[list[str]]:
@@ -136,7 +145,7 @@ def test_first_connection_starts_it(started: Callable[..., Activated], tmp_path:
     """Whatever kind of socket, the client that makes the daemon start is answered by it."""
     address = address.format(port=free_port(), tmp=str(tmp_path).strip("/"))
     daemon = started(*HELLO, "-l", address, addresses=(address,))
-    assert exchange(connect(address)) == hello_of(daemon.pid)
+    assert pid_in(exchange(connect(address))) == daemon.pid
     assert described(daemon) == [["adopted", "unknown", address, "yes", "yes"]]
     assert daemon.terminate() == 0
 
@@ -154,7 +163,7 @@ def test_several_sockets(started: Callable[..., Activated], tmp_path: Path, name
     )
     waiting = [connect(address) for address in (http, admin, web)]
     for client in waiting:
-        assert exchange(client) == hello_of(daemon.pid)
+        assert pid_in(exchange(client)) == daemon.pid
     names = {"admin": admin, "http": http, "web": web}
     expected = [[name if named else "unknown", names[name]] for name in names]
     assert [line[1:3] for line in described(daemon)] == expected
@@ -166,7 +175,7 @@ def test_name_goes_before_address(started: Callable[..., Activated]) -> None:
     """A socket with the wanted name is adopted wherever it listens; hello's own address stays unbound."""
     passed, asked = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     daemon = started("--fdname=http", *HELLO, "-l", f"http={asked}", addresses=(passed,))
-    assert exchange(connect(passed)) == hello_of(daemon.pid)
+    assert pid_in(exchange(connect(passed))) == daemon.pid
     with pytest.raises(ConnectionRefusedError):
         connect(asked)
 
@@ -223,13 +232,14 @@ def test_accept(started: Callable[..., Activated]) -> None:
         assert [found["kind"] for found in report["passed"]] == ["connection"]
 
 
-def test_accept_for_a_daemon_that_listens(started: Callable[..., Activated]) -> None:
-    """A daemon that listens ends under ``--accept`` at once, and says what to use instead."""
+def test_accept_for_a_program_that_listens(started: Callable[..., Activated]) -> None:
+    """``listen()`` under ``--accept`` says what it was passed and what to use instead."""
     address = f"127.0.0.1:{free_port()}"
-    daemon = started("--accept", *HELLO, "-l", "9", addresses=(address,))
+    daemon = started("--accept", sys.executable, "-c", LISTEN, addresses=(address,))
     assert exchange(connect(address), b"") == b""
-    daemon.wait_output("is one accepted connection: its .socket unit says Accept=yes", SECONDS)
     daemon.wait_output(f"died with code {EX_CONFIG}", SECONDS)
+    assert "is one accepted connection: its .socket unit says Accept=yes" in daemon.output
+    assert "Use serve(), which takes both" in daemon.output
 
 
 def test_wrong_name(started: Callable[..., Activated]) -> None:
@@ -267,10 +277,8 @@ def test_exec_behind_a_wrapper(started: Callable[..., Activated]) -> None:
     address = f"127.0.0.1:{free_port()}"
     exec_ = (sys.executable, "-m", "sdlisten", "exec", "--")
     daemon = started(*WRAPPER, *exec_, *HELLO, "-l", address, addresses=(address,))
-    answer = exchange(connect(address))
-    pid = int(answer.partition(b"\r\n\r\n")[2].split()[0])
+    pid = pid_in(exchange(connect(address)))
     os.kill(pid, signal.SIGTERM)
     assert daemon.wait() == 0
     assert pid != daemon.pid
-    assert answer == hello_of(pid)
     assert described(daemon) == [["adopted", "unknown", address, "yes", "yes"]]
