@@ -13,9 +13,10 @@ A page is followed as a reader follows it, in a directory of its own:
     is a Python of its own, which is passed the sockets of the units before it: blocks of ``ini`` that begin
     with ``# NAME.socket``.
 
-Before one that cannot run here goes ``<!-- skip: next "reason" -->``. Other languages are left alone. The
-ports 8080 and 9090 become free ones, and /run the directory of the page. In what a command writes may differ:
-white space, numbers of four digits and more, seconds, and what stands at ``...``.
+Before one that cannot run here goes ``<!-- skip: next "reason" -->``. Other languages are left alone. What
+runs uses free ports instead of 8080 and 9090, and a directory of the page instead of /run; what it writes is
+read as if it had used those. In that may differ: white space, numbers of four digits and more, seconds, and
+what stands at ``...``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import atexit
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 import re
 import select
@@ -73,31 +75,54 @@ WILD = {
     r"\s+": r"\s+",
 }
 
+# A dialogue, line by line; the first argument is its file, the second what `Page.places` has.
 RUN_PYCON = """
-import doctest, os, sdlisten, socket, sys
-text = open(sys.argv[1], encoding="utf-8").read()
+import doctest, json, os, re, sdlisten, socket, sys
+script, places = sys.argv[1], json.loads(sys.argv[2])
+
+class Checker(doctest.OutputChecker):
+    def check_output(self, want, got, flags):
+        for word, place in places.items():
+            got = got.replace(place, word)
+        return super().check_output(want, got, flags)
+
 names = {"os": os, "socket": socket, **{name: getattr(sdlisten, name) for name in sdlisten.__all__}}
-test = doctest.DocTestParser().get_doctest(text, names, sys.argv[1], sys.argv[1], 0)
-runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+test = doctest.DocTestParser().get_doctest(open(script, encoding="utf-8").read(), names, script, script, 0)
+for example in test.examples:
+    for word, place in places.items():
+        example.source = re.sub(BEFORE + re.escape(word) + AFTER, place, example.source)
+runner = doctest.DocTestRunner(Checker(), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
 sys.exit(runner.run(test).failed > 0)
 """
+
+# Where a port or a directory is one: not within a longer number or path.
+BEFORE, AFTER = r"(?<![\w./])", r"(?!\d)"
+RUN_PYCON = RUN_PYCON.replace("BEFORE", repr(BEFORE)).replace("AFTER", repr(AFTER))
 
 
 class Page(Document):
     """A page that is being followed."""
 
     def __init__(self, text: str, path: str) -> None:
+        super().__init__(text, path)
+        self.namespace.update(missing=missing, _page=self)
         self.directory = scratch() / path.strip("/").replace("/", "-")
         (self.directory / "run").mkdir(parents=True, exist_ok=True)
-        super().__init__(self._localised(text), path)
-        self.namespace.update(missing=missing, _page=self)
+        self.places = {"/run/": f"{self.directory}/run/", **free_ports()}
         self.units: list[tuple[str, list[tuple[str, str]]]] = []
         self.terminals: list[Terminal] = []
 
-    def _localised(self, text: str) -> str:
-        for port, free in zip(("8080", "9090"), free_ports(), strict=True):
-            text = re.sub(rf"\b{port}\b", free, text)
-        return re.sub(r"(?<![\w./])/run/", f"{self.directory}/run/", text)
+    def localised(self, text: str) -> str:
+        """Return what to run for what the page says."""
+        for word, place in self.places.items():
+            text = re.sub(BEFORE + re.escape(word) + AFTER, place, text)
+        return text
+
+    def read(self, output: str) -> str:
+        """Return what the page says for what was written."""
+        for word, place in self.places.items():
+            output = output.replace(place, word)
+        return output
 
     def close(self) -> None:
         """End what keeps running."""
@@ -110,8 +135,9 @@ class Terminal:
 
     def __init__(self, command: str, page: Page) -> None:
         self._command = command
+        self._page = page
         self._process = subprocess.Popen(
-            [BASH, "-c", command],
+            [BASH, "-c", page.localised(command)],
             cwd=page.directory,
             env=environ(),
             stdin=subprocess.DEVNULL,
@@ -127,7 +153,7 @@ class Terminal:
         pattern = re.compile(wild(expected.strip()), re.DOTALL)
         deadline = time.monotonic() + DEADLINE
         while True:
-            text = self._unread.decode(errors="replace").strip()
+            text = self._page.read(self._unread.decode(errors="replace").strip())
             if (self._ended or not to_end) and pattern.fullmatch(text):
                 self._unread = b""
                 return
@@ -158,7 +184,8 @@ def page_of(example: Example) -> Page:
 def run_python(example: Example) -> None:
     """Run a block of Python, or write it to the file that its first line names."""
     if name := re.match(r"# (\w+\.py)\n", example.parsed):
-        (page_of(example).directory / name[1]).write_text(example.parsed, encoding="utf-8")
+        page = page_of(example)
+        (page.directory / name[1]).write_text(page.localised(example.parsed), encoding="utf-8")
     else:
         PythonEvaluator()(example)
 
@@ -185,8 +212,9 @@ def run_console(example: Example) -> None:
 
 def read_units(example: Example) -> None:
     """Remember what .socket units say, for the next Python of its own."""
-    units = page_of(example).units
-    for line in example.parsed.splitlines():
+    page = page_of(example)
+    units = page.units
+    for line in page.localised(example.parsed).splitlines():
         key, equals, value = line.partition("=")
         if unit := re.match(r"# (\S+\.socket)$", line):
             units.append((unit[1], []))
@@ -204,7 +232,7 @@ def run_pycon(example: Example) -> None:
         passed = [found for name, lines in units for found in opened(name, lines, at_end)]
         output = os.memfd_create("output")
         at_end.callback(os.close, output)
-        command = [sys.executable, "-c", RUN_PYCON, str(script)]
+        command = [sys.executable, "-c", RUN_PYCON, str(script), json.dumps(page.places)]
         child = spawn(command, passed, environ=environ(), stdout=output, stderr=output)
         at_end.callback(child.close)
         code = child.wait(DEADLINE)
@@ -289,16 +317,17 @@ def environ() -> dict[str, str]:
 
 
 @functools.cache
-def free_ports() -> tuple[str, str]:
-    """Return two ports that are free now, and that the kernel gives to nobody who asks for any."""
-    ports: list[str] = []
+def free_ports() -> dict[str, str]:
+    """Return a port for each of the pages': free, and none that the kernel gives to who asks for any."""
+    ports: dict[str, str] = {}
     candidates = iter(range(20000 + os.getpid() * 4 % 10000, 32768))
-    while len(ports) < 2:  # noqa: PLR2004 - as many as it says
-        port = next(candidates)
-        with contextlib.suppress(OSError):
-            bind(parse_address(port)).close()
-            ports.append(str(port))
-    return ports[0], ports[1]
+    for word in ("8080", "9090"):
+        while word not in ports:
+            with contextlib.suppress(OSError):
+                port = next(candidates)
+                bind(parse_address(port)).close()
+                ports[word] = str(port)
+    return ports
 
 
 pytest_collect_file = Sybil(
