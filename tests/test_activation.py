@@ -135,7 +135,7 @@ class TestClaim:
                 command, env=dict(os.environ), close_fds=False, capture_output=True, text=True, check=True
             )
 
-        assert "LISTEN_" not in done.stdout
+        assert "'LISTEN_" not in done.stdout
         assert "pipe:" in done.stdout
         assert f"socket:[{inode}]" not in done.stdout
 
