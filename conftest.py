@@ -106,8 +106,8 @@ class Page(Document):
     def __init__(self, text: str, path: str) -> None:
         super().__init__(text, path)
         self.namespace.update(missing=missing, _page=self)
-        self.directory = scratch() / path.strip("/").replace("/", "-")
-        (self.directory / "run").mkdir(parents=True, exist_ok=True)
+        self.directory = Path(tempfile.mkdtemp(dir=scratch()))  # a short name: unix sockets have 107 bytes
+        (self.directory / "run").mkdir()
         self.places = {"/run/": f"{self.directory}/run/", **free_ports()}
         self.units: list[tuple[str, list[tuple[str, str]]]] = []
         self.terminals: list[Terminal] = []
