@@ -111,6 +111,7 @@ class Page(Document):
         self.places = {"/run/": f"{self.directory}/run/", **free_ports()}
         self.units: list[tuple[str, list[tuple[str, str]]]] = []
         self.terminals: list[Terminal] = []
+        self.skipped = ""  # why the last terminal of its own was not started
 
     def localised(self, text: str) -> str:
         """Return what to run for what the page says."""
@@ -194,14 +195,20 @@ def run_console(example: Example) -> None:
     """Run commands and compare what they write."""
     page = page_of(example)
     more, *parts = re.split(r"^\$ ", example.parsed, flags=re.MULTILINE)
+    keeps_running = page.text[: example.start].rstrip().endswith("<!-- keeps running -->")
+    if page.skipped and not keeps_running:
+        raise SkipTest(page.skipped)
+    page.skipped = ""
     if more.strip() == "^C":
         page.terminals.pop().kill()
     elif more.strip():
         page.terminals[-1].expect(more, to_end=False)
-    keeps_running = page.text[: example.start].rstrip().endswith("<!-- keeps running -->")
     for number, part in enumerate(parts, 1):
         command, _, expected = part.replace("\\\n", " ").partition("\n")
-        check_installed(command)
+        program = next(word for word in command.split() if "=" not in word)
+        if missing(program) and shutil.which(program, path=environ()["PATH"]) is None:
+            page.skipped = f"{program} is not installed" if keeps_running else ""
+            raise SkipTest(f"{program} is not installed")
         stays = keeps_running and number == len(parts)
         terminal = Terminal(command, page)
         page.terminals.append(terminal)
@@ -281,13 +288,6 @@ def wild(expected: str) -> str:
 def missing(name: str) -> bool:
     """Whether a package or program is not installed. Where nothing may be skipped none is missing."""
     return not NO_SKIP and importlib.util.find_spec(name) is None and shutil.which(name) is None
-
-
-def check_installed(command: str) -> None:
-    """Skip an example whose program is not installed, unless nothing may be skipped."""
-    program = next(word for word in command.split() if "=" not in word)
-    if missing(program) and shutil.which(program, path=environ()["PATH"]) is None:
-        raise SkipTest(f"{program} is not installed")
 
 
 @functools.cache
