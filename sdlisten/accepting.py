@@ -192,10 +192,8 @@ class AcceptHandle:
         self._burst = burst
         self._accept = _accepter(bare)
         # What every connection is, too. Asked of the kernel, because sock.proto is mostly 0, and asyncio sets
-        # TCP_NODELAY only on one that says IPPROTO_TCP. SOCK_NONBLOCK (not on macOS) keeps the constructor
-        # from applying socket.setdefaulttimeout(), an ioctl.
-        self._family, self._proto = found.family, found.proto
-        self._type = found.type | getattr(socket, "SOCK_NONBLOCK", 0)
+        # TCP_NODELAY only on a socket that says IPPROTO_TCP.
+        self._family, self._type, self._proto = found.family, found.type, found.proto
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN | _SHUT_DOWN)
         self._reading = self._paused = self._removed = False
@@ -256,17 +254,19 @@ class AcceptHandle:
             self._loop.remove_reader(self._fd)
 
     def _on_readable(self) -> None:  # noqa: C901 - the hot path: a call costs as much as all the branches
+        accept, callback, shared, poll = self._accept, self._callback, self._shared, self._poll.poll
+        family, kind, proto = self._family, self._type, self._proto
         for turn in range(self._burst):
             if not self._reading:  # removed, paused or resting by now
                 return
             # Once there are more, the last accept() of a burst may fail, which is cheap among many. Not on a
             # shared listener: if O_NONBLOCK were cleared meanwhile, that accept() would block the loop.
-            if turn and (turn == 1 or self._shared) and not self._poll.poll(0):
+            if turn and (turn == 1 or shared) and not poll(0):
                 return
             try:
-                if self._shared and turn == 0:
+                if shared and turn == 0:
                     self._sock.setblocking(False)
-                fd, address = self._accept()
+                fd, address = accept()
             except BlockingIOError:
                 self._nobody_there()
                 return
@@ -275,10 +275,10 @@ class AcceptHandle:
                 continue
             if self._failures:
                 self._recovered()
-            connection = socket.socket(self._family, self._type, self._proto, fd)
+            connection = socket.socket(family, kind, proto, fd)
             try:
                 connection.setblocking(False)
-                result = self._callback(connection, address)
+                result = callback(connection, address)
                 if result is not None:
                     self._refuse_awaitable(result)
             except Exception as error:  # noqa: BLE001 - reported; one client's trouble is not the others'
