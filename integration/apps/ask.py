@@ -1,7 +1,7 @@
 """Connect to all that the arguments name, then read what each says: one JSON object, of argument to text.
 
-``ask.py 127.0.0.1:80 [::1]:80 /path @abstract seqpacket:/path``; an error is an answer, too. Before that, a word
-is sent to each ``datagram:127.0.0.1:53`` and ``fifo:/path``.
+``ask.py 127.0.0.1:80 [::1]:80 /path @abstract seqpacket:/path``; an error is an answer, too. Before that, it
+sends a word to each ``datagram:127.0.0.1:53`` and ``fifo:/path``.
 """
 
 from __future__ import annotations
