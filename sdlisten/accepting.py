@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ("CAPACITY_ERRNOS", "CONNECTION_ERRNOS", "LISTENER_ERRNOS", "AcceptHandle", "add_accept_handler")
 
-logger = logging.getLogger("sdlisten.accepting")
+_logger = logging.getLogger("sdlisten.accepting")
 
 CONNECTION_ERRNOS = MappingProxyType(
     {
@@ -326,7 +326,7 @@ class AcceptHandle:
             self._report_after = now + _REPORT_INTERVAL
             self._reported = True
             why = _REASONS.get(error.errno or 0, "not an error that accept(2) documents")
-            logger.warning("cannot accept on %s, clients wait: %s (%s)", self._where, error, why)
+            _logger.warning("cannot accept on %s, clients wait: %s (%s)", self._where, error, why)
 
     def _wake(self) -> None:
         self._rest_timer = None
@@ -338,13 +338,13 @@ class AcceptHandle:
         if self._reported:
             self._reported = False
             seconds = time.monotonic() - self._resting_since
-            logger.warning("accepting on %s again after %.1f s", self._where, seconds)
+            _logger.warning("accepting on %s again after %.1f s", self._where, seconds)
 
     def _detach(self, error: OSError) -> None:
         self.error = error
         self.remove()
         why = _REASONS[error.errno or 0]
-        logger.error("detached from %s, it will never accept again: %s (%s)", self._where, error, why)
+        _logger.error("detached from %s, it will never accept again: %s (%s)", self._where, error, why)
 
 
 def _event_loop(io_loop: object) -> asyncio.AbstractEventLoop:

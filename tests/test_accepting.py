@@ -552,6 +552,21 @@ def test_an_order_to_exit_is_obeyed(stop: type[BaseException], loop: Loop, net: 
     loop.until(lambda: net.accepted)
 
 
+def test_what_else_a_callback_returns_is_ignored(loop: Loop, net: Net) -> None:
+    """A callback may return anything that nobody has to await."""
+    listener = net.listener()
+
+    def callback(connection: socket.socket, address: object) -> object:
+        net.take(connection, address)
+        return connection
+
+    add_accept_handler(listener, callback, loop.io_loop)
+    net.connect(listener, 2)
+    loop.until(lambda: len(net.accepted) == 2)
+    assert all(connection.fileno() >= 0 for connection in net.accepted)
+    assert not loop.reported
+
+
 class Inert:
     """An awaitable that can be neither closed nor cancelled."""
 
