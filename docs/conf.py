@@ -27,6 +27,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"sdlisten {release}"
 html_copy_source = False
+html_show_copyright = False
+smartquotes = False  # "" is an empty string
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist", "fieldlist"]
