@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 
+from sdlisten.descriptor import Kind
 from sdlisten.errors import DescriptorError
-from sdlisten.listener import Listener, Origin
+from sdlisten.listener import Listener, Origin, SharedSocket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,12 +81,16 @@ class InheritedFd:
         raise DescriptorError(text, fd=self.fd)
 
     def to_socket(self) -> socket.socket:
-        """Wrap the descriptor in a socket that owns it; nothing changes in the kernel."""
+        """Wrap the descriptor in a socket that owns it; nothing changes in the kernel.
+
+        A listener becomes a `SharedSocket`: the manager holds it too.
+        """
         found = self._found
         blocking = os.get_blocking(self.fd)
         # The object does not learn O_NONBLOCK from the descriptor. SOCK_NONBLOCK tells it, and keeps its
         # constructor from setting the flag, which other holders share, after socket.setdefaulttimeout().
-        sock = socket.socket(found.family, found.type | socket.SOCK_NONBLOCK, found.proto, fileno=self.fd)
+        kind = SharedSocket if found.kind is Kind.LISTENER else socket.socket
+        sock = kind(found.family, found.type | socket.SOCK_NONBLOCK, found.proto, self.fd)
         if blocking:
             sock.setblocking(True)  # tells the object: the descriptor does block
         return sock

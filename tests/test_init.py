@@ -26,7 +26,7 @@ def test_every_name_loads(name: str) -> None:
 def test_what_is_not_there() -> None:
     """A name that is not public is an AttributeError, as in any module."""
     with pytest.raises(AttributeError, match="module 'sdlisten' has no attribute 'nonsense'"):
-        _ = sdlisten.nonsense  # type: ignore[attr-defined]
+        _ = sdlisten.nonsense
 
 
 def test_the_package_runs() -> None:
