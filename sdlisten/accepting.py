@@ -361,10 +361,8 @@ def _event_loop(io_loop: object) -> asyncio.AbstractEventLoop:
     return found
 
 
-# Who has a loop has imported its module: we import none for those who have not.
-
-
 def _running_loop() -> object:
+    # Who has a loop has imported its module: we import none for those who have not.
     if "asyncio" in sys.modules:
         with contextlib.suppress(RuntimeError):
             return sys.modules["asyncio"].get_running_loop()

@@ -680,7 +680,7 @@ def test_accept_after_a_shutdown(kind: str, request: pytest.FixtureRequest) -> N
     with Listener(sock.dup(), name="x", origin=Origin.ADOPTED) as listener:
         sock.shutdown(socket.SHUT_RDWR)
 
-        with pytest.raises(OSError, match="listen any more|Invalid argument") as caught:
+        with pytest.raises(OSError, match=r"listen any more|Invalid argument") as caught:
             listener.accept(timeout=5)
 
         assert caught.value.errno == errno.EINVAL
