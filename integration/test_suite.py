@@ -38,8 +38,8 @@ def test_suite_on_the_newest_python(
 ) -> None:
     """Every test of tests/ passes on Python 3.14 beside systemd 262, and none is skipped."""
     # tini: orphans of the tests are to be reaped by someone.
-    options = {"tini": True, "network": network, "options": AS_ON_A_MACHINE}
-    with Plain(suite_image, ["sleep", "infinity"], **options) as container:
+    waits = Plain(suite_image, ["sleep", "infinity"], tini=True, network=network, options=AS_ON_A_MACHINE)
+    with waits as container:
         container.put({f"/home/alice/checkout/{name}": ROOT / name for name in CHECKOUT})
         container.sh(SETUP)
         versions = container.sh("python3 --version; systemctl --version | sed q").splitlines()
