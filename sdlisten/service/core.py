@@ -16,7 +16,7 @@ from sdlisten.service.report import Counters, DrainReport, Outcome
 from sdlisten.service.rules import Rules
 from sdlisten.service.served import ServedConnection
 from sdlisten.service.table import Table
-from sdlisten.service.upkeep import Reloads, Watchdog
+from sdlisten.service.upkeep import Reloads, Watchdog, forget_untaken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class Service:
     """A daemon on asyncio (or uvloop): accepts, tells the manager, reloads, drains, ends.
 
     It lives once: `start`, `stop`, and it is over. `sdlisten.serve` makes one, with signal handlers.
+
+    What an earlier program stored with the manager (`Notifier.store`, `Notifier.store_state`) and nobody has
+    taken when the service is ready is closed, and removed from the manager's store.
 
     Args:
         drain_timeout: Seconds from the order to stop until what is left is dropped. Keep it below the
@@ -257,6 +260,7 @@ class Service:
             one.start(self._passed.handler, self._passed.ssl)
         # Only now: whoever waits for READY=1 connects at once.
         self._notifier.ready()
+        forget_untaken(self._notifier)
         self._watchdog.start()
         self._changed()
 
