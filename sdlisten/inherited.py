@@ -36,11 +36,12 @@ class InheritedFd:
         kind: What the kernel says it is.
         type: SO_TYPE as an int; -1 if it is no socket.
         stored: Whether it comes from the manager's fd store and not from a ``.socket`` unit.
+        stored_name: What the fd store calls it, if one of sdlisten's own names; else "".
         address: The listening address, or None if it has none that can be written as a word.
         taken_by: Who took it, in words; None while it can be taken.
     """
 
-    __slots__ = ("_found", "address", "fd", "kind", "name", "stored", "taken_by", "type")
+    __slots__ = ("_found", "address", "fd", "kind", "name", "stored", "stored_name", "taken_by", "type")
 
     def __init__(self, found: Descriptor, name: str) -> None:
         self._found = found
@@ -49,6 +50,7 @@ class InheritedFd:
         self.type = found.type
         self.address: Address | None = found.address
         self.stored = name == _STORED_DEFAULT or name.startswith(_STORED_PREFIX)
+        self.stored_name = name if name.startswith(_STORED_PREFIX) else ""
         self.name = name.removeprefix(_STORED_FD_PREFIX)
         self.taken_by: str | None = None
 
