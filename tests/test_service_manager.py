@@ -236,8 +236,9 @@ def test_the_variable_alone_makes_no_journal(monkeypatch: pytest.MonkeyPatch) ->
 
 LOGGING = """
 import logging, os, sys, types
+from sdlisten.service import journal, set_up_logging
+journal._JOURNALD = "/"
 {before}
-from sdlisten.service import set_up_logging
 set_up_logging(journal={journal})
 logging.getLogger("app").warning("hello", extra=dict(FIELD=1))
 logging.getLogger("app").debug("not this")
@@ -265,10 +266,11 @@ MISSING = "sys.modules['systemd'] = None"
         (AS_JOURNAL + "\n" + MISSING, True, "<4>app: hello\n"),
         (HANDLER, True, "journal hello 1 {'SYSLOG_IDENTIFIER': '-c'}\n"),
         (HANDLER, False, "WARNING app: hello\n"),
+        (HANDLER + "journal._JOURNALD = '/nowhere'", True, "WARNING app: hello\n"),
         ("logging.basicConfig(format='mine %(message)s')", True, "mine hello\n"),
-        ("os.close(2); os.environ['JOURNAL_STREAM'] = '1:2'", False, ""),
+        ("os.close(2); sys.stderr = None; os.environ['JOURNAL_STREAM'] = '1:2'", False, ""),
     ],
-    ids=["plain", "journal", "no-extra", "extra", "extra-not-asked", "configured", "closed"],
+    ids=["plain", "journal", "no-extra", "extra", "extra-not-asked", "no-journald", "configured", "closed"],
 )
 def test_where_log_records_go(before: str, wanted: str, *, journal: bool) -> None:
     """Priorities where stderr is the journal, fields where wanted and possible; a configured log stays."""
