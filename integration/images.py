@@ -84,13 +84,14 @@ class Release:
 RELEASES = (Release("bookworm", 252, "3.11"), Release("trixie", 257, "3.13"), Release("sid", 262, "3.14"))
 
 # mount and passwd by name: sid has neither unless asked. libpam-systemd, dbus-user-session: `systemd --user`.
-# strace: for the tests of tests/, see `suite_image`.
+# openssl, strace: for the tests of tests/, see `suite_image`.
 PACKAGES = (
     "dbus",
     "dbus-user-session",
     "iproute2",
     "libpam-systemd",
     "mount",
+    "openssl",
     "passwd",
     "procps",
     "python3",
