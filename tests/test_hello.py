@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -195,26 +198,24 @@ def test_a_slow_head_is_cut_off(monkeypatch: pytest.MonkeyPatch, run_hello: Call
     """A client that does not complete its request in time gets 408, then the end, also if it goes on."""
     monkeypatch.setattr(hello, "_HEAD_TIMEOUT", 0.05)
     monkeypatch.setattr(hello, "_LINGER", 0.05)
-    with run_hello() as client:
-        assert client.ask(b"GET / HTTP/1.1\r\n")[0] == "HTTP/1.1 408 Request Timeout"
-        assert client.ended()
+    client = run_hello()  # it stays open until hello has ended
+    assert client.ask(b"GET / HTTP/1.1\r\n")[0] == "HTTP/1.1 408 Request Timeout"
+    assert client.ended()
 
 
 @pytest.fixture
 def run_hello() -> Iterator[Callable[[], Client]]:
-    """Give a function that serves hello in a thread of this process and returns a client."""
-    import asyncio  # noqa: PLC0415
-    import threading  # noqa: PLC0415
-
+    """Give a function that connects to hello, which runs in a thread of this process."""
     service = Service(notifier=Notifier(None))
     listener = Listener(socket.create_server(("127.0.0.1", 0)), name="", origin=Origin.BOUND)
     service.attach(listener, hello.serve_http)
     address = listener.sockname
     thread = threading.Thread(target=lambda: asyncio.run(service.serve()))
     thread.start()
-    yield lambda: Client(socket.create_connection(address))  # type: ignore[arg-type]
-    service.stop()
-    thread.join()
+    with contextlib.ExitStack() as clients:
+        yield lambda: clients.enter_context(Client(socket.create_connection(address)))  # type: ignore[arg-type]
+        service.stop()
+        thread.join()
 
 
 def test_the_last_answer_says_so() -> None:
@@ -260,8 +261,10 @@ def test_accept_yes() -> None:
         status, _, body = client.ask(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         assert (status, body.split()[0]) == ("HTTP/1.1 200 OK", str(running.pid).encode())
         assert client.ended()
-        running.wait_output("drained in")
-        assert running.terminate() == 0
+        child = running._child
+        assert child is not None
+        assert child.wait(DEADLINE) == 0
+        assert "drained in" in running.output
 
 
 def test_what_it_says_of_its_listeners(tmp_path: Path) -> None:

@@ -302,8 +302,10 @@ def test_what_came_in_the_last_moment_is_served(run: Run, lines: bytes) -> None:
             client = await running.client(lines)
             await running.accepted(1)
             await asyncio.sleep(0)
-            client.sock.send(b"b\n")
             running.service._stop()
+            client.sock.send(b"b\n")
+            (entry,) = running.service._table
+            assert not entry._silence_over()  # type: ignore[attr-defined]
             assert await client.rest() == b"last b\n"
             assert outcome(await running.task) == {"finished": 1}
 
@@ -349,6 +351,25 @@ def test_the_drain_ends_at_its_limit(run: Run, caplog: pytest.LogCaptureFixture)
     assert last.name == "sdlisten.service"
     assert last.getMessage() == "drained in 0.0 s: finished=0 handed_over=0 closed_idle=1 dropped=1"
     assert last.SDLISTEN_DROPPED == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("linger", [b"", b"\1\0\0\0\0\0\0\0"], ids=["fin", "reset"])
+def test_who_leaves_at_the_limit_is_not_dropped(run: Run, linger: bytes) -> None:
+    """A silent client whose end is seen only at the limit has lost nothing, and is not counted as lost."""
+
+    async def test() -> None:
+        async with serving(echo, drain_timeout=0) as running:
+            client = await running.client(b"a")
+            await asyncio.sleep(0)
+            if linger:
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.close()
+            (entry,) = running.service._table
+            running.service._stop()
+            entry.drop()
+            assert outcome(await running.task) == {"finished": 1}
+
+    run(test())
 
 
 def test_the_line_of_the_drain_is_as_fixed() -> None:
@@ -920,6 +941,38 @@ def test_stop_before_start_serves_nobody(run: Run) -> None:
         service.stop()
         service.reload()
         assert outcome(await service.serve()) == {}
+
+    run(test())
+
+
+def test_a_passed_connection_that_is_not_served_is_closed(run: Run) -> None:
+    """A service that was told to stop before it began closes the one connection that it was given."""
+
+    async def test() -> None:
+        ours, theirs = socket.socketpair()
+        with ours:
+            service = Service(notifier=QUIET)
+            service.attach_connection(theirs, echo)
+            service.stop()
+            assert outcome(await service.serve()) == {}
+            assert theirs.fileno() == -1
+
+    run(test())
+
+
+def test_a_passed_connection_whose_client_has_left(run: Run) -> None:
+    """A client that was reset before we began costs nothing but its handler's first look."""
+
+    async def test() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            far = socket.create_connection(listener.getsockname())
+            near, _ = listener.accept()
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            far.close()
+        service = Service(notifier=QUIET)
+        service.attach_connection(near, echo)
+        await service.serve()
+        assert (service.counters.accepted, service.counters.finished) == (1, 1)
 
     run(test())
 

@@ -52,6 +52,11 @@ class Reader:
         """Whether somebody waits for more."""
         return self._waiter is not None
 
+    @property
+    def client_left(self) -> bool:
+        """Whether the end or an error has come, and all before was read."""
+        return self._over() and not self._buffer
+
     def at_eof(self) -> bool:
         """Return whether all was read, and no more will come."""
         return self._eof and not self._buffer

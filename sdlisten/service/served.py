@@ -79,8 +79,11 @@ class ServedConnection(Connection):
 
     def drop(self) -> None:
         """End at once, at the limit of the drain."""
+        silent = self._silent()
         if not self._silence_over() and not self._lingering:
-            self.outcome = Outcome.DROPPED
+            # Who was silent and is seen to have left in this moment has lost nothing.
+            left = silent and self._reader is not None and self._reader.client_left
+            self.outcome = Outcome.FINISHED if left else Outcome.DROPPED
         self._close()
         if self.task is not None:
             self.task.cancel()
@@ -104,6 +107,10 @@ class ServedConnection(Connection):
         self._timer = self._loop.call_at(self._silent_since + silence, self._silence_over)
         return False
 
+    def _silent(self) -> bool:
+        """Whether the handler waits for a client that is owed nothing."""
+        return self._waiting or (self._fresh and self._reader is not None and self._reader.waiting)
+
     def _silence_over(self) -> bool:
         """Close if nothing is owed to the client, and nothing has come in the last moment."""
         self._stop_timer()
@@ -114,7 +121,7 @@ class ServedConnection(Connection):
             self.outcome = Outcome.CLOSED_IDLE
             self.task.cancel()
             return True
-        if not (self._waiting or (self._fresh and self._reader.waiting)) or self._reader.look():
+        if not self._silent() or self._reader.look():
             return False
         self.outcome = Outcome.CLOSED_IDLE
         if self._tls is not None:
