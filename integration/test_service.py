@@ -204,12 +204,12 @@ def test_drain_longer_than_the_timeout(worker: Machine) -> None:
     worker.units(extra={"worker.service.d/short.conf": "[Service]\nTimeoutStopSec=2\n"})
     pid = ask(worker, "pid")
 
-    assert stop_while_answering(worker, 3.5) == [pid] * CLIENTS
+    assert stop_while_answering(worker, 2.8) == [pid] * CLIENTS
 
     assert worker.show("worker.service", "Result") == "success"
     journal = worker.journal("worker.service")
     assert f"draining: open={CLIENTS}" in journal
-    assert re.search(rf"drained in 3\.\d s: finished={CLIENTS} .* dropped=0", journal)
+    assert re.search(rf"drained in .* finished={CLIENTS} .* dropped=0", journal)
 
 
 def test_drain_that_is_cut_off(worker: Machine) -> None:
@@ -218,7 +218,7 @@ def test_drain_that_is_cut_off(worker: Machine) -> None:
     worker.units(extra={"worker.service.d/mute.conf": mute})
     ask(worker, "pid")
 
-    lost = stop_while_answering(worker, 3.5).count("")
+    lost = stop_while_answering(worker, 2.8).count("")
 
     assert worker.show("worker.service", "Result") == "timeout"
     left = re.findall(r"draining: open=(\d+)", worker.journal("worker.service"))
@@ -235,7 +235,9 @@ def test_restart_and_stop_under_load(hello: Machine, rounds: Callable[[int], int
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         loads = [
-            stack.enter_context(LoadProcess(f"{hello.ip}:8080", mode=mode, rate=rate, clients=clients))
+            stack.enter_context(
+                LoadProcess(f"{hello.ip}:8080", mode=mode, rate=rate, clients=clients, timeout=60)
+            )
             for mode, (rate, clients) in LOADS.items()
         ]
         for load in loads:
