@@ -1,4 +1,8 @@
-"""``make test`` and its parts: nox sessions one after the other, each with a budget, then a line for each."""
+"""``make test`` and its parts: nox sessions with a budget each, and at the end a line for each.
+
+The tests wait more than they compute (for containers, restarts, deadlines), so `_test` runs them in lanes side
+by side. What a session of a lane prints is shown when it has ended, so that nothing is mixed up.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +25,8 @@ from tools.packages import provide_packages
 from tools.pythons import find_pythons
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from typing import IO
 
     from tools.pythons import Interpreter
 
@@ -30,7 +38,7 @@ _BUDGETS = {
     "wheel": 10,
     "lint": 15,
     "types": 45,
-    "tests": 100,
+    "tests": 240,
     "coverage": 15,
     "docs": 30,
     "integration": 420,
@@ -53,10 +61,18 @@ class _Runner:
     def __init__(self) -> None:
         self.results: list[_Result] = []
         self._environ = dict(os.environ)
+        self._printing = threading.Lock()
+        self._began = time.monotonic()
+        self._interrupted = False
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage. A command that fails ends the stage, not the run; it has said why itself."""
+    def stage(self, name: str, *, output: IO[str] | None = None) -> Iterator[None]:
+        """Time a stage. A command that fails ends the stage, not the run; it has said why itself.
+
+        Args:
+            name: What is timed and budgeted.
+            output: Where its commands print, if that is to be shown at the end.
+        """
         say(f"\n=== {name}: budget {_budget(name)} s")
         start = time.monotonic()
         verdict = "failed"
@@ -67,7 +83,11 @@ class _Runner:
             pass
         finally:
             self.results.append(_Result(name, verdict, time.monotonic() - start))
-            say(f"=== {name}: {verdict} in {self.results[-1].seconds:.1f} s")
+            with self._printing:
+                if output is not None:
+                    output.seek(0)
+                    say(f"\n=== {name} printed:\n{output.read()}")
+                say(f"=== {name}: {verdict} in {self.results[-1].seconds:.1f} s")
 
     def set_up(self, pythons: list[Interpreter], *, for_tests: bool) -> None:
         """Make ``.venv`` with nox; `for_tests`, also install what the system lacks.
@@ -86,11 +106,31 @@ class _Runner:
         places = [str(python.path.parent) for python in pythons]
         self._environ["PATH"] = os.pathsep.join([*places, *os.get_exec_path()])
 
-    def nox(self, session: str, **environ: str) -> None:
-        """Run one nox session as a stage."""
+    def nox(self, session: str, *, hold_back: bool = False, **environ: str) -> None:
+        """Run one nox session as a stage; `hold_back`, show what it prints only when it has ended."""
         command = [str(venv_python()), "-m", "nox", "--session", session]
-        with self.stage(session):
-            _run(command, self._environ | environ)
+        if not hold_back:
+            with self.stage(session):
+                _run(command, self._environ | environ)
+            return
+        with tempfile.TemporaryFile("w+", errors="replace") as output, self.stage(session, output=output):
+            _run(command, self._environ | environ, output)
+
+    def side_by_side(self, *lanes: Sequence[tuple[str, dict[str, str]]]) -> None:
+        """Run lanes of nox sessions at the same time, the sessions of a lane one after the other."""
+
+        def run_lane(lane: Sequence[tuple[str, dict[str, str]]]) -> None:
+            for session, environ in lane:
+                if not self._interrupted:
+                    self.nox(session, hold_back=True, **environ)
+
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            try:
+                for done in [pool.submit(run_lane, lane) for lane in lanes]:
+                    done.result()
+            except KeyboardInterrupt:
+                self._interrupted = True  # what runs has been interrupted too, and is waited for
+                raise
 
     def remember(self, name: str, value: Path) -> None:
         """Set an environment variable for all later stages."""
@@ -102,12 +142,13 @@ class _Runner:
         for stage, verdict, seconds in self.results:
             late = ", over its budget" if seconds > _budget(stage) else ""
             say(f"{stage:<13} {verdict:<6} {seconds:6.1f} s of {_budget(stage):>4} s{late}")
-        say(f"{'together':<20} {sum(result.seconds for result in self.results):6.1f} s")
+        say(f"{'together':<20} {time.monotonic() - self._began:6.1f} s, side by side")
         return 0 if all(result.verdict == "ok" for result in self.results) else 1
 
 
-def _run(command: list[str], environ: dict[str, str]) -> None:
-    with subprocess.Popen(command, cwd=ROOT, env=environ) as process:
+def _run(command: list[str], environ: dict[str, str], output: IO[str] | None = None) -> None:
+    errors = None if output is None else subprocess.STDOUT
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=output, stderr=errors) as process:
         try:
             process.wait()
         except KeyboardInterrupt:
@@ -154,16 +195,14 @@ def _test(runner: _Runner) -> None:
     runner.nox("wheel")
     for wheel in (ROOT / "build" / "wheel").glob("*.whl"):
         runner.remember("SDLISTEN_WHEEL", wheel)
-    runner.nox("lint")
-    runner.nox("types")
-    for python in pythons:
-        # Coverage is measured on the oldest; on the others the tests run undisturbed.
-        measure = {"SDLISTEN_COVERAGE": "1"} if python is pythons[0] else {}
-        runner.nox(f"tests-{python.minor}", **measure)
-    runner.nox(f"coverage-{pythons[0].minor}")
-    runner.nox("docs")
-    if _has_integration():
-        runner.nox("integration")
+    oldest, *others = (f"tests-{python.minor}" for python in pythons)
+    # Coverage is measured on the oldest; on the others the tests run undisturbed.
+    first = [(oldest, {"SDLISTEN_COVERAGE": "1"}), (f"coverage-{pythons[0].minor}", {})]
+    checks: list[tuple[str, dict[str, str]]] = [("lint", {}), ("types", {}), ("docs", {})]
+    checks += [(session, {}) for session in others[:1]]
+    first += [(session, {}) for session in others[1:]]
+    integration: list[tuple[str, dict[str, str]]] = [("integration", {})] if _has_integration() else []
+    runner.side_by_side(*filter(None, (first, checks, integration)))
 
 
 def _soak(runner: _Runner) -> None:
