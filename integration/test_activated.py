@@ -131,7 +131,7 @@ def answers(machine: Machine) -> Iterator[Mapping[str, Any]]:
     """What the daemons say, by the address at which a client asked."""
     sockets = {f"{name}.socket": socket_unit(text) for name, text in SOCKETS.items()}
     services = {f"{name}.service": service_unit(text) for name, text in SERVICES.items()}
-    hello = f"[Service]\nExecStart=\nExecStart={PROBE} -l http=9 --look {MARK}\n"
+    hello = f"[Service]\nType=exec\nExecStart=\nExecStart={PROBE} -l http=9 --look {MARK}\n"
     try:
         with machine.cleanup():
             apps.install(machine)
@@ -354,7 +354,7 @@ def order(machine: Machine, word: str) -> socket.socket:
 def answer(connection: socket.socket) -> str:
     """Read all that is said on a connection, and close it."""
     with connection:
-        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+        return apps.read(connection).decode()
 
 
 def test_two_services_on_one_socket(machine: Machine) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -143,7 +142,7 @@ def test_waiting_client(machine: Machine) -> None:
     machine.systemctl("start", "hello.socket")
     with machine.connect(8080):
         follow = "journalctl --follow --lines=0 --output=short-monotonic --unit=hello.service"
-        ends = machine.sh(f"{follow} | grep --max-count=3 'Main process exited'").splitlines()
+        ends = machine.sh(f"{follow} | grep --max-count=2 'Main process exited'").splitlines()
 
-    times = [float(line.lstrip("[ ").partition("]")[0]) for line in ends]
-    assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(times)), ends
+    first, second = (float(line.lstrip("[ ").partition("]")[0]) for line in ends)
+    assert second - first >= 1

@@ -69,14 +69,8 @@ def is_active(machine: Machine, unit: str) -> str:
 def send_request(machine: Machine) -> socket.socket:
     """Connect, send a request, and do not wait for the answer."""
     connection = machine.connect(8080)
-    connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    connection.sendall(apps.REQUEST)
     return connection
-
-
-def read_pid(connection: socket.socket) -> int:
-    """Read an answer: who gave it."""
-    connection.settimeout(30)
-    return apps.pid_of(b"".join(iter(lambda: connection.recv(65536), b"")))
 
 
 def test_first_connection_starts_the_service(hello: Machine) -> None:
@@ -93,7 +87,7 @@ def test_first_connection_starts_the_service(hello: Machine) -> None:
 def test_restarts_under_load(hello: Machine, rounds: Callable[[int], int]) -> None:
     """No request is lost in 20 restarts, and the sockets are the same before, during and after them."""
     times = rounds(20)
-    with LoadProcess(f"{hello.ip}:8080", mode="short", rate=300) as load:
+    with LoadProcess(f"{hello.ip}:8080", mode="short", rate=300, timeout=40) as load:
         load.wait_started()
         seen = apps.restart(hello, times, PORT, PATH)
         result = load.stop()
@@ -127,7 +121,7 @@ def test_queue_built_up_while_down(hello: Machine) -> None:
         connections = [stack.enter_context(send_request(hello)) for _ in range(QUEUED)]
         assert hello.sh("ss -Hltn sport = :8080").split()[1] == str(QUEUED)
         hello.sh("echo >/run/gate; rm /run/gate")
-        pids = {read_pid(connection) for connection in connections}
+        pids = {apps.pid_of(apps.read(connection)) for connection in connections}
 
     assert {hello.show("hello.service", "MainPID")} == {str(pid) for pid in pids}
 
@@ -143,7 +137,7 @@ def test_limits_do_not_take_the_socket_down(hello: Machine) -> None:
         hello.sh(f"{follow} | grep --max-count={DEATHS} 'Main process exited'")
         assert is_active(hello, "hello.socket") == "active"
         hello.sh("rm /etc/systemd/system/hello.service.d/dies.conf; systemctl daemon-reload")
-        pids = {read_pid(connection) for connection in connections}
+        pids = {apps.pid_of(apps.read(connection)) for connection in connections}
 
     assert len(pids) == 1
     assert apps.facts(hello, PORT, PATH) == before

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Mapping
 
     from integration.machine import Machine
 
-__all__ = ("ask", "command", "facts", "get", "get_inside", "install", "pid_of", "restart")
+__all__ = ("REQUEST", "ask", "command", "facts", "get", "get_inside", "install", "pid_of", "read", "restart")
 
 DIRECTORY = "/opt/apps"
+REQUEST = b"GET / HTTP/1.0\r\n\r\n"
+# How long an answer may take on a machine that has other things to do.
+SECONDS = 40.0
 
 
 def install(machine: Machine) -> None:
@@ -33,7 +37,7 @@ def ask(machine: Machine, *words: str) -> Mapping[str, Any]:
     What is no JSON, an error for one, comes back as it is.
     """
     answers = json.loads(machine.sh(command("ask", *words), timeout=60))
-    return {word: _read(answer) for word, answer in answers.items()}
+    return {word: _parsed(answer) for word, answer in answers.items()}
 
 
 def get(machine: Machine, port: int = 8080) -> int:
@@ -44,8 +48,14 @@ def get(machine: Machine, port: int = 8080) -> int:
         AssertionError: It is no good answer; says which.
     """
     with machine.connect(port) as sock:
-        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        return pid_of(b"".join(iter(lambda: sock.recv(65536), b"")))
+        sock.sendall(REQUEST)
+        return pid_of(read(sock))
+
+
+def read(sock: socket.socket) -> bytes:
+    """Read until the other side closes."""
+    sock.settimeout(SECONDS)
+    return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
 def get_inside(machine: Machine, address: str, *, user: str = "root") -> int:
@@ -87,7 +97,7 @@ def facts(machine: Machine, *addresses: str) -> Mapping[str, Any]:
     return seen
 
 
-def _read(answer: str) -> Any:  # noqa: ANN401 -- JSON
+def _parsed(answer: str) -> Any:  # noqa: ANN401 -- JSON
     try:
         return json.loads(answer)
     except ValueError:

@@ -11,7 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-SECONDS = 15.0
+SECONDS = 40.0
 TYPES = {"stream": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET, "datagram": socket.SOCK_DGRAM}
 
 

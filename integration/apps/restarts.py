@@ -41,7 +41,7 @@ def look(addresses: list[str]) -> dict[str, dict[str, object]]:
 
 def get() -> int:
     """Return the pid that answers a new connection."""
-    with socket.create_connection(("127.0.0.1", 8080), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", 8080), timeout=40) as sock:
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: sock.recv(65536), b""))
     return int(answer.partition(b"\r\n\r\n")[2].split()[0])

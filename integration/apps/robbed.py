@@ -19,7 +19,7 @@ import socket
 
 from sdlisten import add_accept_handler, listen
 
-SECONDS = 10.0
+SECONDS = 40.0
 
 
 async def main() -> None:
