@@ -1,7 +1,7 @@
 """``make test`` and its parts: nox sessions with a budget each, and at the end a line for each.
 
-The tests wait more than they compute (for containers, restarts, deadlines), so `_test` runs them in lanes side
-by side. What a session of a lane prints is shown when it has ended, so that nothing is mixed up.
+The tests wait more than they compute (for containers, restarts, deadlines), so `_test` runs them in lanes
+side by side. What a session of a lane prints is shown when it has ended, so that nothing is mixed up.
 """
 
 from __future__ import annotations
