@@ -33,12 +33,18 @@ def main(words: Sequence[str] | None = None) -> int:
     # argparse would take the options of the program for ours.
     if words[:1] == ["exec"]:
         return _exec(words[1:])
+    if words[:1] in (["run"], ["ctl"]):
+        from sdlisten.supervisor.words import ctl_command, run_command  # noqa: PLC0415 - see above
+
+        return (run_command if words[0] == "run" else ctl_command)(words[1:])
     parser = argparse.ArgumentParser(
         prog="sdlisten", description="Adopt the sockets systemd passes, or bind them."
     )
     parser.add_argument("--version", action="version", version=f"sdlisten {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("demo", help="show the main job on real sockets")
+    commands.add_parser("run", help="run … -- COMMAND …: hold sockets, and roll generations of COMMAND")
+    commands.add_parser("ctl", help="ctl roll|stop|status: ask what run runs")
     commands.add_parser("exec", help="exec -- COMMAND …: pass LISTEN_* on to COMMAND with its own pid")
     load = commands.add_parser("load", help="send requests to a server and count what is lost")
     if words[:1] == ["load"]:

@@ -1,0 +1,66 @@
+"""Ask a supervisor at its control socket: one line of JSON each way."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    Answer = Mapping[str, Any]
+
+__all__ = ("ask",)
+
+_LATE, _NOBODY = 4, 5
+_ANSWER_SECONDS = 5.0
+
+
+def ask(path: str, question: Mapping[str, object], *, timeout: float | None = None) -> Answer:
+    """Ask, and wait for the answer.
+
+    Args:
+        path: The control socket.
+        question: ``do`` is ``roll``, ``stop`` or ``status``; ``wait``; for a roll ``command``.
+        timeout: Seconds. None: 5, or with ``wait`` as long as the supervisor takes.
+
+    Returns:
+        The answer: ``code`` is the exit code for a command, ``text`` for people. That nobody answered, or not
+        in time, is an answer too.
+    """
+    if timeout is None and not question.get("wait"):
+        timeout = _ANSWER_SECONDS
+    deadline = None if timeout is None else time.monotonic() + timeout
+    received = b""
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(timeout)
+            sock.connect(path)
+            sock.sendall(json.dumps(question).encode() + b"\n")
+            while not received.endswith(b"\n"):
+                if deadline is not None:
+                    # 0 would mean not to wait for what has come already.
+                    sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                data = sock.recv(65536)
+                if not data:
+                    break
+                received += data
+    except TimeoutError:
+        return {"code": _LATE, "text": f"no answer within {timeout:g} s; what was asked for goes on"}
+    except OSError as error:
+        return {"code": _NOBODY, "text": f"no supervisor at {path}: {error.strerror or error}"}
+    return _understood(received, path)
+
+
+def _understood(line: bytes, path: str) -> Answer:
+    try:
+        answer = json.loads(line)
+        if isinstance(answer["code"], int) and isinstance(answer["text"], str):
+            found: Answer = answer
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    return {"code": _NOBODY, "text": f"no supervisor at {path}: it ended without an answer"}
