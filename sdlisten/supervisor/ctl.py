@@ -40,14 +40,12 @@ def ask(path: str, question: Mapping[str, object], *, timeout: float | None = No
             sock.settimeout(timeout)
             sock.connect(path)
             sock.sendall(json.dumps(question).encode() + b"\n")
-            while not received.endswith(b"\n"):
+            # To its end, so that the supervisor has let go of us when we say what it answered.
+            while data := sock.recv(65536):
+                received += data
                 if deadline is not None:
                     # 0 would mean not to wait for what has come already.
                     sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                data = sock.recv(65536)
-                if not data:
-                    break
-                received += data
     except TimeoutError:
         return {"code": _LATE, "text": f"no answer within {timeout:g} s; what was asked for goes on"}
     except OSError as error:

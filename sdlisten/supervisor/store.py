@@ -1,8 +1,8 @@
 """The descriptor store for the children: what FDSTORE=1 gave us is passed to each worker that starts later.
 
 The rules are those of systemd (src/core/service.c): a name that is none becomes "stored", a descriptor that
-is there already is not stored again, all of a name leave together, and without FDPOLL=0 what is hung up leaves
-by itself.
+is there already is not stored again, all of a name leave together, and without FDPOLL=0 what is hung up
+leaves by itself.
 """
 
 from __future__ import annotations

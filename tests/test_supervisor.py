@@ -1,0 +1,627 @@
+"""`sdlisten run`, seen from outside: real supervisors, real programs, and what clients notice of it.
+
+Numbers of faults are those of the list that the supervisor is held to: what an operator, a bad deploy, a signal
+or the kernel can do to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sdlisten.load import LoadProcess
+from sdlisten.supervisor import ctl
+from sdlisten.testing import activate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sdlisten.testing import Activated
+
+SECONDS = 30.0  # far beyond what anything here takes; nothing waits for it to pass
+
+# A small server: says READY=1, answers each connection with its pid and generation, ends on SIGTERM.
+APP = """
+import os, select, signal, socket, sys
+listener = socket.socket(fileno=3)
+blocking = os.get_blocking(3)
+listener.setblocking(False)
+def say(text, fds=()):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(os.environ["NOTIFY_SOCKET"])
+        socket.send_fds(sock, [text.encode()], fds)
+wake, waker = socket.socketpair()
+waker.setblocking(False)
+signal.set_wakeup_fd(waker.fileno())
+signal.signal(signal.SIGTERM, lambda *_: None)
+#HOOK
+say("READY=1\\nSTATUS=at your service")
+#READY
+while True:
+    ready, _, _ = select.select([listener, wake], [], [])
+    if wake in ready:
+        break
+    try:
+        connection, _ = listener.accept()
+    except BlockingIOError:
+        continue
+    with connection:
+        connection.settimeout(10)
+        if connection.recv(4096):
+            body = f"{os.getpid()} {os.environ['SDLISTEN_GENERATION']} \\n".encode()
+            connection.sendall(b"HTTP/1.0 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
+#STOP
+"""
+
+
+def app(hook: str = "", *, ready: str = "", stop: str = "") -> str:
+    """Return the program, with something to do before READY=1, after it, and after SIGTERM."""
+    return APP.replace("#HOOK", hook).replace("#READY", ready).replace("#STOP", stop)
+
+
+class Running:
+    """A supervisor of a program whose file a test can replace, as a deploy does."""
+
+    def __init__(self, daemon: Activated, program: Path, control: str) -> None:
+        self.daemon = daemon
+        self.program = program
+        self.control = control
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the program listens."""
+        host, port = self.daemon.listeners[0].sockname  # type: ignore[misc] # IPv4
+        return host, port
+
+    @property
+    def word(self) -> str:
+        """The same as a word."""
+        return self.daemon.listeners[0].address
+
+    def ask(self, do: str, *, wait: bool = False, timeout: float | None = None, **more: object) -> dict[str, Any]:
+        """Ask it at its control socket."""
+        return dict(ctl.ask(self.control, {"do": do, "wait": wait, **more}, timeout=timeout or SECONDS))
+
+    def roll(self, **more: object) -> dict[str, Any]:
+        """Roll, and return the outcome."""
+        return self.ask("roll", wait=True, **more)
+
+    def status(self) -> dict[str, Any]:
+        """Return the facts of ``status``."""
+        facts: dict[str, Any] = self.ask("status")["status"]
+        return facts
+
+    def pids(self, state: str | None = None) -> list[int]:
+        """Return the workers of all generations, or of those in a state."""
+        return [
+            worker["pid"]
+            for generation in self.status()["generations"]
+            if state in {None, generation["state"]}
+            for worker in generation["workers"]
+        ]
+
+    def deploy(self, text: str) -> None:
+        """Replace the program."""
+        self.program.write_text(text)
+
+    def says(self, name: str, count: int = 1) -> None:
+        """Wait until our own manager was told something so often."""
+        receiver = self.daemon._receiver
+        assert receiver
+        deadline = time.monotonic() + SECONDS
+        while sum(message.get(name) == "1" for message in self.daemon.messages) < count:
+            if not select.select([receiver], [], [], max(0, deadline - time.monotonic()))[0]:
+                pytest.fail(f"no {name}=1: {self.daemon._seen()}")
+
+    def reads(self, text: str) -> None:
+        """Wait until it has written something."""
+        self.daemon.wait_output(text, SECONDS)
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Ask for the status until it is as wanted: there is no other sign of what is waited for."""
+        deadline = time.monotonic() + SECONDS
+        while not wanted(facts := self.status()):
+            if time.monotonic() > deadline:
+                pytest.fail(f"it stays {facts}")
+            select.select([], [], [], 0.01)
+        return facts
+
+    def settled(self) -> dict[str, Any]:
+        """Wait until one generation is left, and serves."""
+        return self.until(lambda facts: facts["phase"] == "serving" and len(facts["generations"]) == 1)
+
+    def get(self) -> tuple[int, int]:
+        """Ask the program; returns pid and generation."""
+        with socket.create_connection(self.address, timeout=SECONDS) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            pid, generation = b"".join(iter(lambda: connection.recv(4096), b"")).split()[-2:]
+        return int(pid), int(generation)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Give a function that starts a supervisor; what it started is gone afterwards."""
+    program = tmp_path / "app.py"
+    control = str(tmp_path / "control")
+
+    def start(
+        *options: str,
+        text: str | None = None,
+        ready: bool = True,
+        env: dict[str, str] | None = None,
+        sockets: Sequence[Any] = ("http=127.0.0.1:0",),
+        command: Sequence[str] | None = None,
+    ) -> Running:
+        program.write_text(app() if text is None else text)
+        words = [sys.executable, "-m", "sdlisten", "run", "--control", control, *options, "--"]
+        words += command or [sys.executable, "-I", "-S", str(program)]
+        daemon = stack.enter_context(activate(words, sockets, env=env))
+        if ready:
+            daemon.wait_ready(SECONDS)
+        return Running(daemon, program, control)
+
+    with contextlib.ExitStack() as stack:
+        yield start
+
+
+def gone(pid: int) -> None:
+    """Wait until a process, which is not our child, has ended and is no zombie either."""
+    deadline = time.monotonic() + SECONDS
+    while os.path.exists(f"/proc/{pid}"):
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                select.select([pidfd], [], [], max(0, deadline - time.monotonic()))
+            finally:
+                os.close(pidfd)
+        if time.monotonic() > deadline:
+            pytest.fail(f"pid {pid} is still there: {Path(f'/proc/{pid}/stat').read_text()}")
+        select.select([], [], [], 0.005)  # a zombie: its parent is about to reap it
+
+
+def is_free(address: tuple[str, int]) -> bool:
+    """Return whether nobody listens there."""
+    try:
+        socket.create_connection(address, timeout=SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+BAD = {
+    "raises": "raise RuntimeError('bad deploy')",
+    "exits 0": "os._exit(0)",
+    "hangs": "signal.pause()",
+    "segfaults": "os.kill(os.getpid(), signal.SIGSEGV)",
+}
+
+
+def test_a_program_is_served_and_stopped(run: Callable[..., Running]) -> None:
+    """The program gets the socket, our manager hears READY and STOPPING, and the exit code is 0."""
+    running = run()
+
+    pid, generation = running.get()
+    assert ([pid], generation) == (running.pids("serving"), 1)
+    assert running.ask("status")["code"] == 0
+    assert running.daemon.terminate() == 0
+    gone(pid)
+    says = [word for message in running.daemon.messages for word in message if word in {"READY", "RELOADING", "STOPPING"}]
+    assert says == ["READY", "STOPPING"]
+
+
+def test_rolls_under_load(run: Callable[..., Running], rounds: Callable[[int], int]) -> None:
+    """Twenty rolls of two workers fail no request; descriptors and processes are then as before."""
+    running = run("--workers", "2")
+    count = rounds(20)
+    running.roll()
+    running.settled()
+    before = descriptors(running.daemon.pid)
+    with LoadProcess(running.word, mode="short") as load:
+        load.wait_started()
+        answers = [running.roll()["code"] for _ in range(count)]
+        result = load.stop()
+
+    assert result.clean, result
+    assert answers == [0] * count
+    facts = running.settled()
+    assert (facts["rolls"], facts["restarts"], facts["killed"]) == (count + 1, 0, 0)
+    assert descriptors(running.daemon.pid) == before
+    assert children(running.daemon.pid) == sorted(running.pids())
+
+
+def descriptors(pid: int) -> list[str]:
+    """Return what a process has open, without the numbers that tell one socket from another."""
+    names = os.listdir(f"/proc/{pid}/fd")
+    return sorted(os.readlink(f"/proc/{pid}/fd/{name}").partition(":[")[0] for name in names)
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process, zombies too."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_deploys(run: Callable[..., Running], kind: str) -> None:
+    """Faults 1 to 4: a version that does not start is refused, with its words; clients see nothing of it."""
+    running = run("--ready-timeout", "3")
+    old, _ = running.get()
+    with LoadProcess(running.word, mode="short", rate=100) as load:
+        load.wait_started()
+        running.deploy(app(f"print('these are my last words', file=sys.stderr); {BAD[kind]}"))
+        answer = running.roll()
+        result = load.stop()
+
+    assert result.clean, result
+    assert list(result.pids) == [old]
+    assert (answer["code"], "these are my last words" in answer["stderr"]) == (3, True)
+    assert f"generation 2 was refused: a worker {'was not ready' if kind == 'hangs' else ''}" in answer["text"]
+    running.says("READY", 2)
+    running.deploy(app())
+    assert running.roll()["code"] == 0
+    running.settled()
+    assert running.get()[0] != old
+
+
+def test_a_version_that_dies_in_the_soak(run: Callable[..., Running]) -> None:
+    """Fault 5: it says READY and dies while the old generation still accepts: it is removed."""
+    running = run("--soak", "60")
+    old, _ = running.get()
+    running.deploy(app(ready="os._exit(7)"))
+
+    answer = running.roll()
+    assert (answer["code"], answer["text"]) == (3, "the roll to generation 2 was refused: a worker exited with 7")
+    assert running.get()[0] == old
+
+
+def test_a_version_that_dies_without_a_soak(run: Callable[..., Running]) -> None:
+    """Fault 5: without a soak it is committed, crashes, and is replaced until a good version comes."""
+    running = run()
+    running.deploy(app(ready="os._exit(7)"))
+    running.roll()
+    running.until(lambda facts: facts["restarts"] > 1)
+
+    running.deploy(app())
+    running.until(lambda facts: facts["generations"][0]["workers"] and facts["generations"][0]["workers"][0]["says"] == "READY")
+    assert running.get()[1] == 2
+
+
+def test_one_worker_of_a_generation_fails(run: Callable[..., Running], tmp_path: Path) -> None:
+    """Fault 7: one of two is not ready: both go, and the old two serve on."""
+    running = run("--workers", "2")
+    old = running.pids()
+    lock = tmp_path / "first"
+    running.deploy(app(f"os.open({str(lock)!r}, os.O_CREAT | os.O_EXCL)"))
+
+    assert running.roll()["code"] == 3
+    running.settled()
+    assert running.pids() == old
+
+
+def test_commands_that_cannot_be_executed(run: Callable[..., Running], tmp_path: Path) -> None:
+    """Fault 8: a directory, a file that may not be executed, a missing interpreter, nothing at all."""
+    running = run()
+    (tmp_path / "plain").touch()
+    (tmp_path / "script").write_text("#!/nonexistent/python\n")
+    (tmp_path / "script").chmod(0o755)
+
+    for name in ("", "plain", "script", "missing"):
+        answer = running.roll(command=[str(tmp_path / name)])
+        assert (answer["code"], "sdlisten: cannot execute" in answer["stderr"]) == (3, True), answer
+    assert running.roll(command=["a\0b"])["code"] == 2
+    assert running.get()[1] == 1
+
+
+def test_no_descriptor_left(run: Callable[..., Running]) -> None:
+    """Fault 9: where a worker cannot be started for lack of descriptors the roll is refused, and later ones are not."""
+    running = run()
+    pid = running.daemon.pid
+    soft, hard = resource_limits(pid)
+    set_limits(pid, len(os.listdir(f"/proc/{pid}/fd")) + 2, hard)
+
+    answer = running.roll()
+    assert (answer["code"], "Too many open files" in answer["stderr"]) == (3, True), answer
+    set_limits(pid, soft, hard)
+    assert running.roll()["code"] == 0
+    running.settled()
+    assert running.get()[1] == 3
+
+
+def resource_limits(pid: int) -> tuple[int, int]:
+    """Return how many descriptors a process may have."""
+    import resource  # noqa: PLC0415 - only here
+
+    return resource.prlimit(pid, resource.RLIMIT_NOFILE)
+
+
+def set_limits(pid: int, soft: int, hard: int) -> None:
+    """Say how many it may have."""
+    import resource  # noqa: PLC0415 - only here
+
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_strange_messages(run: Callable[..., Running]) -> None:
+    """Fault 10: no message, READY twice, and READY by a process that the worker has started."""
+    running = run()
+    hook = "say('READY=0'); say('nonsense'); say('EXTEND_TIMEOUT_USEC=many'); say('X' * 5000)\nif not os.fork(): say('READY=1\\nREADY=1'); os._exit(0)\nos.wait(); say('STATUS=early')"
+    running.deploy(app(hook))
+
+    assert running.roll()["code"] == 0
+    running.settled()
+    assert running.get()[1] == 2
+
+
+def test_many_hangups_are_one_roll_and_one_more(run: Callable[..., Running]) -> None:
+    """Fault 11: fifty SIGHUP while nothing goes on are a roll, and at most one after it."""
+    running = run()
+    for _ in range(50):
+        os.kill(running.daemon.pid, signal.SIGHUP)
+
+    running.says("READY", 2)
+    facts = running.settled()
+    assert facts["rolls"] in {1, 2}
+
+
+def test_rolls_while_one_is_under_way(run: Callable[..., Running], tmp_path: Path) -> None:
+    """Fault 12: what is asked for while a generation starts comes after it, once."""
+    running = run()
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    running.deploy(app(f"print('at the gate', flush=True); open({str(gate)!r}).read()"))
+    running.ask("roll")
+    running.reads("at the gate")
+    running.ask("roll")
+    running.ask("roll")
+    running.deploy(app())
+    gate.write_text("")
+
+    facts = running.until(lambda facts: facts["phase"] == "serving" and facts["rolls"] == 2)
+    assert facts["generation"] == 3
+
+
+@pytest.mark.parametrize("state", ["starting", "serving", "rolling", "soaking", "draining"])
+def test_a_stop_in_each_state(run: Callable[..., Running], state: str) -> None:
+    """Fault 13: SIGTERM ends all at any time, and nobody is left; with 1 only if a drain had to be cut short."""
+    running = in_state(run, state)
+    pids = running.pids()
+
+    running.daemon.terminate(SECONDS)
+    assert running.daemon.returncode == (1 if state == "draining" else 0)
+    for pid in pids:
+        gone(pid)
+
+
+@pytest.mark.parametrize("state", ["starting", "serving", "rolling", "soaking", "draining"])
+def test_the_supervisor_is_killed_in_each_state(run: Callable[..., Running], state: str) -> None:
+    """Fault 19: after SIGKILL every worker is told to end, and the port is free for the next start."""
+    running = in_state(run, state)
+    pids, address = running.pids(), running.address
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    os.kill(running.daemon.pid, signal.SIGKILL)
+
+    for pidfd in pidfds:
+        assert select.select([pidfd], [], [], SECONDS)[0]
+        os.close(pidfd)
+    running.daemon.terminate()
+    running.daemon.listeners.close()
+    assert is_free(address)
+
+
+def in_state(run: Callable[..., Running], state: str) -> Running:
+    """Start a supervisor and bring it into a state."""
+    slow = app("signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.pause()")
+    if state == "starting":
+        running = run(text=slow, ready=False)
+        running.reads("generation 1 starts")
+        deadline = time.monotonic() + SECONDS
+        while not os.path.exists(running.control) and time.monotonic() < deadline:
+            select.select([], [], [], 0.01)
+        running.until(lambda facts: bool(facts["generations"][0]["workers"]))
+        return running
+    running = run("--drain-timeout", "1", *(["--soak", "60"] if state == "soaking" else []))
+    if state == "rolling":
+        running.deploy(slow)
+    if state == "draining":
+        # The old generation has a request that takes as long as the test does.
+        running.deploy(app(stop="print('draining', flush=True); select.select([4], [], [])"))  # the lifeline
+        running.roll()
+        running.deploy(app())
+        running.roll()
+        running.reads("draining")
+    elif state != "serving":
+        running.ask("roll")
+    running.until(lambda facts: state in {facts["phase"], *(one["state"] for one in facts["generations"])})
+    return running
+
+
+def test_a_stop_at_the_very_beginning(run: Callable[..., Running]) -> None:
+    """Fault 14: SIGTERM as early as it can come leaves nobody behind."""
+    running = run(ready=False)
+
+    assert running.daemon.terminate(SECONDS) in {0, -signal.SIGTERM}
+
+
+def test_a_hangup_of_the_whole_group(run: Callable[..., Running]) -> None:
+    """Fault 15: SIGHUP and SIGINT to our process group reach the supervisor alone: a roll, then an orderly end."""
+    running = run()
+    old, _ = running.get()
+    assert os.getpgid(old) == old != os.getpgid(running.daemon.pid)
+
+    os.kill(running.daemon.pid, signal.SIGHUP)
+    running.says("READY", 2)
+    os.kill(running.daemon.pid, signal.SIGINT)
+    running.says("STOPPING")
+    assert running.daemon.terminate(SECONDS) == 0
+
+
+def test_the_old_generation_is_frozen_while_it_drains(run: Callable[..., Running]) -> None:
+    """Fault 16: a worker that cannot react is killed at its limit."""
+    running = run("--drain-timeout", "0.5")
+    old, _ = running.get()
+    os.kill(old, signal.SIGSTOP)
+
+    assert running.roll()["code"] == 0
+    gone(old)
+    assert running.until(lambda facts: facts["killed"] == 1)["restarts"] == 0
+
+
+def test_the_old_generation_thaws_while_it_drains(run: Callable[..., Running]) -> None:
+    """Fault 16: one that reacts late, but in time, ends by itself."""
+    running = run("--drain-timeout", "60")
+    old, _ = running.get()
+    os.kill(old, signal.SIGSTOP)
+    running.roll()
+    os.kill(old, signal.SIGCONT)
+
+    gone(old)
+    assert running.status()["killed"] == 0
+
+
+def test_the_new_generation_is_frozen_before_the_switch(run: Callable[..., Running]) -> None:
+    """Fault 17: with a watchdog a frozen successor is refused in the soak, and the old one serves on."""
+    running = run("--soak", "60", "--watchdog", "0.5")
+    old, _ = running.get()
+    running.deploy(app(ready="say('WATCHDOG=1'); os.kill(os.getpid(), signal.SIGSTOP)"))
+
+    assert running.roll()["code"] == 3
+    assert "no sign of life" in running.daemon.output
+    running.settled()
+    assert running.get()[0] == old
+
+
+def test_the_old_generation_is_killed_while_it_drains(run: Callable[..., Running]) -> None:
+    """Fault 18: its end is an end; it is not replaced, and the new one serves."""
+    running = in_state(run, "draining")
+    (old,) = running.pids("draining")
+    os.kill(old, signal.SIGKILL)
+
+    gone(old)
+    facts = running.settled()
+    assert (facts["restarts"], facts["phase"]) == (0, "serving")
+
+
+def test_a_short_queue(run: Callable[..., Running]) -> None:
+    """Fault 29: with room for one connection in the queue clients wait, and none is refused."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as sock:
+        running = run(sockets=[("http", sock)])
+        with LoadProcess(f"127.0.0.1:{sock.getsockname()[1]}", mode="short", clients=4, rate=40) as load:
+            load.wait_started()
+            assert [running.roll()["code"] for _ in range(3)] == [0] * 3
+            result = load.stop()
+        (listener,) = running.status()["listeners"]
+
+    assert result.clean, result
+    assert listener["backlog"] == 1
+
+
+@pytest.mark.parametrize(("options", "blocking"), [((), True), (("--non-blocking",), False)])
+def test_how_listeners_are_passed(run: Callable[..., Running], options: tuple[str, ...], blocking: bool) -> None:
+    """Fault 33: accept(2) waits, as under systemd, unless asked for otherwise; a roll leaves it as it is."""
+    running = run(*options, text=app("print('blocking', blocking); sys.stdout.flush()"))
+
+    running.reads(f"blocking {blocking}")
+    running.roll()
+    running.reads("blocking False")
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        ({"LISTEN_FDS": "x"}, "LISTEN_FDS='x'"),
+        ({"LISTEN_FDNAMES": "a:b"}, "LISTEN_FDNAMES"),
+    ],
+)
+def test_a_bad_environment(env: dict[str, str], text: str) -> None:
+    """Fault 35: what cannot be used ends the supervisor with 78, before anything is started."""
+    code = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), **dict([w.split('=', 1) for w in sys.argv[1:]])); os.execv(sys.executable, [sys.executable, '-m', 'sdlisten', 'run', '--', 'true'])"
+    words = [f"{name}={value}" for name, value in {"LISTEN_FDS": "1", **env}.items()]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, text in done.stderr) == (78, True), done.stderr
+
+
+def test_nothing_to_serve() -> None:
+    """Without -l and without anything passed there is nothing to hold: 78."""
+    done = subprocess.run([sys.executable, "-m", "sdlisten", "run", "--", "true"], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, "no -l" in done.stderr) == (78, True)
+
+
+def test_what_a_worker_finds(run: Callable[..., Running]) -> None:
+    """Faults 36 and 37: its own variables, its own descriptors, and nothing of ours or of our manager's."""
+    hook = """
+import json
+facts = {name: value for name, value in os.environ.items() if name.startswith(("LISTEN", "SDLISTEN", "WATCHDOG", "NOTIFY", "MINE", "FDSTORE"))}
+facts["fds"] = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:7]
+facts["own"] = int(facts.pop("LISTEN_PID")) == os.getpid()
+print(json.dumps(facts), end="|"); sys.stdout.flush()
+"""
+    env = {"WATCHDOG_USEC": "9000000", "FDSTORE": "7", "MINE": "yes", "SDLISTEN_GENERATION": "77"}
+    running = run(text=app(hook), env=env, sockets=["http=127.0.0.1:0", "admin=127.0.0.1:0"])
+
+    running.reads("|")
+    output = running.daemon.output
+    facts = json.loads(output[output.index("{") : output.index("|")])
+    facts.pop("LISTEN_PIDFDID", None)
+    assert facts.pop("NOTIFY_SOCKET") != running.daemon._environ["NOTIFY_SOCKET"]
+    # 3 and 4 were passed, 5 is the lifeline, 6 lists the directory.
+    assert facts.pop("fds")[:6] == [0, 1, 2, 3, 4, 5]
+    assert facts == {
+        "LISTEN_FDS": "2",
+        "LISTEN_FDNAMES": "http:admin",
+        "MINE": "yes",
+        "SDLISTEN_CONTROL": running.control,
+        "SDLISTEN_FDSTORE": "1000",
+        "SDLISTEN_GENERATION": "1",
+        "SDLISTEN_LIFELINE_FD": "5",
+        "WATCHDOG_USEC": "9000000",
+        "own": True,
+    }
+
+
+def test_strangers_are_reaped(tmp_path: Path) -> None:
+    """Fault 38: children that the supervisor never started, as PID 1 gets them, leave no zombies."""
+    app_file = tmp_path / "app.py"
+    app_file.write_text(app())
+    words = [sys.executable, "-m", "sdlisten", "run", "--", sys.executable, "-I", "-S", str(app_file)]
+    script = f"for i in 1 2 3 4 5; do sleep 0.2 & done; exec {' '.join(words)}"
+    with activate(["sh", "-c", f"{script}"], ["http=127.0.0.1:0"]) as daemon:
+        daemon.wait_ready(SECONDS)
+        strangers = [pid for pid in children(daemon.pid) if "sleep" in Path(f"/proc/{pid}/cmdline").read_text()]
+        for pid in strangers:
+            gone(pid)
+        deadline = time.monotonic() + SECONDS
+        while len(children(daemon.pid)) > 1 and time.monotonic() < deadline:
+            select.select([], [], [], 0.01)
+        assert len(children(daemon.pid)) == 1
+
+
+def test_a_manager_that_is_gone(run: Callable[..., Running]) -> None:
+    """Fault 42: a NOTIFY_SOCKET that nobody reads, or that has vanished, stops nothing."""
+    running = run()
+    assert running.daemon._receiver
+    running.daemon._receiver.close()
+
+    assert running.roll()["code"] == 0
+    running.settled()
+    assert running.get()[1] == 2
+
+
+def test_a_full_manager(run: Callable[..., Running], rounds: Callable[[int], int]) -> None:
+    """Fault 42: a queue that nobody empties stops nothing."""
+    running = run()
+
+    assert [running.roll()["code"] for _ in range(rounds(20))] == [0] * rounds(20)
+    running.settled()
+    assert running.get()[1] == rounds(20) + 1
