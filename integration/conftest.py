@@ -36,13 +36,14 @@ from testcontainers.core.config import testcontainers_config
 
 from .container import Plain
 from .engine import EngineUnavailableError, answers, lease
-from .images import RELEASES, Release, connect, image
+from .images import RELEASES, Release, abandon, connect, image
 from .machine import Machine
 from .session import create_network, remove_leftovers, remove_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
     from concurrent.futures import Future
+    from types import FrameType
 
     import docker
 
@@ -53,9 +54,15 @@ TRIXIE = RELEASES[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marks; let SIGTERM end a run as Ctrl-C does, with its fixtures torn down."""
+    """Register the marks; let SIGTERM end a run as Ctrl-C does, both at once and with fixtures torn down."""
     config.addinivalue_line("markers", "systemd(since): the first version of systemd that has what is tested")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    abandon()
+    signal.default_int_handler(number, frame)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -88,7 +95,7 @@ def pytest_runtest_makereport(
     report = yield
     if NO_SKIP and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} is skipped, which SDLISTEN_NO_SKIP=1 forbids: {call.excinfo}"
+        report.longrepr = f"{item.nodeid} is skipped, which SDLISTEN_NO_SKIP=1 forbids: {call.excinfo.value}"
     return report
 
 

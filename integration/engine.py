@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import IO
 
 __all__ = ("EngineUnavailableError", "answers", "down", "install", "lease", "status", "up")
@@ -76,25 +76,29 @@ def answers() -> bool:
     return False
 
 
-def install(programs: Iterable[str]) -> None:
+def install(programs: Iterable[str], packages: Mapping[str, str] = ENGINE_PROGRAMS) -> None:
     """Install the Debian packages of those `programs` that are not found.
+
+    Args:
+        programs: Which must be found afterwards.
+        packages: Which package has which program.
 
     Raises:
         EngineUnavailableError: One is missing, and this is not root or not a Debian host, or apt-get failed.
     """
-    packages = sorted({ENGINE_PROGRAMS[program] for program in programs if shutil.which(program) is None})
-    if not packages:
+    missing = sorted({packages[program] for program in programs if shutil.which(program) is None})
+    if not missing:
         return
-    wish = f"apt-get install {' '.join(packages)}"
+    wish = f"apt-get install {' '.join(missing)}"
     apt = shutil.which("apt-get")
     if os.geteuid() != 0 or apt is None:
         why = "this is not a Debian host" if apt is None else "this is not root"
-        raise EngineUnavailableError(f"missing: {', '.join(packages)}, and {why}. Wanted: {wish}")
+        raise EngineUnavailableError(f"missing: {', '.join(missing)}, and {why}. Wanted: {wish}")
     command = [apt, "-qq", "-o", "DPkg::Lock::Timeout=120"]
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for arguments in (
         ["update"],
-        ["install", "--yes", "--no-install-recommends", *packages, "ca-certificates"],
+        ["install", "--yes", "--no-install-recommends", *missing, "ca-certificates"],
     ):
         done = subprocess.run(
             command + arguments,
@@ -105,7 +109,7 @@ def install(programs: Iterable[str]) -> None:
             check=False,
         )
         if done.returncode:
-            raise EngineUnavailableError(f"{wish} failed: {' '.join(done.stderr.split())[-500:]}")
+            raise EngineUnavailableError(f"{wish} failed:\n{(done.stdout + done.stderr).strip()[-1500:]}")
 
 
 @contextlib.contextmanager

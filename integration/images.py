@@ -24,6 +24,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     import docker
     from docker.models.images import Image
 
-__all__ = ("RELEASES", "ImageError", "Release", "base", "connect", "image", "wheel")
+__all__ = ("RELEASES", "ImageError", "Release", "abandon", "base", "connect", "image", "wheel")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -176,6 +177,12 @@ def image(release: Release, *, test_dependencies: bool = False) -> str:
         client.close()
 
 
+def abandon() -> None:
+    """End what is being put together now, also in other threads: `image` then raises ImageError there."""
+    for bootstrap in _bootstraps.copy():
+        bootstrap.send_signal(signal.SIGINT)
+
+
 def wheel() -> Mapping[str, bytes]:
     """Return the members of the library's wheel by name; it is built at most once in the life of the process.
 
@@ -187,6 +194,7 @@ def wheel() -> Mapping[str, bytes]:
 
 
 _one_at_a_time = threading.Lock()
+_bootstraps: list[subprocess.Popen[bytes]] = []
 
 
 @functools.cache
@@ -303,28 +311,25 @@ def _bootstrap(client: docker.DockerClient, tag: str, release: Release) -> None:
     """Put an image together from Debian's packages."""
     with _one_at_a_time:
         install(["mmdebstrap"])
-    # In the foreground, so that Ctrl-C reaches it as well.
-    command = [
-        "timeout",
-        "--foreground",
-        str(BOOTSTRAP_SECONDS),
-        "mmdebstrap",
-        *BOOTSTRAP,
-        release.suite,
-        "-",
-    ]
+    # timeout(1) hands a signal on to all of mmdebstrap's processes, which are a group of their own. It gets one
+    # from abandon(), or from the kernel if we are killed.
+    limits = ["setpriv", "--pdeathsig", "INT", "timeout", "--signal=INT", str(BOOTSTRAP_SECONDS)]
+    command = [*limits, "mmdebstrap", *BOOTSTRAP, release.suite, "-"]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
         ) as bootstrap,
     ):
+        _bootstraps.append(bootstrap)
         try:
             # Not under its tag yet: the engine takes half an archive for an image, too.
             answer = client.api.import_image_from_stream(bootstrap.stdout)
         except APIError as error:
             answer = str(error)
-        if bootstrap.wait():
+        code = bootstrap.wait()
+        _bootstraps.remove(bootstrap)
+        if code:
             errors.seek(0)
             raise ImageError(f"mmdebstrap of {release.suite} failed:\n{errors.read()[-1500:]}")
     try:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sdlisten.inherited import InheritedFd
     from sdlisten.listener import Listener, Listeners, Origin, SharedSocket
     from sdlisten.notifier import Notifier, booted, notify, watchdog_timeout
+    from sdlisten.service import Connection, DrainReport, Service, serve
     from sdlisten.state import State, take_state
 
 __all__ = (
@@ -42,7 +43,9 @@ __all__ = (
     "Adopt",
     "AlreadyTakenError",
     "BarrierTimeoutError",
+    "Connection",
     "DescriptorError",
+    "DrainReport",
     "InheritedFd",
     "Kind",
     "ListenEnvironmentError",
@@ -55,6 +58,7 @@ __all__ = (
     "NotifyError",
     "Origin",
     "SdlistenError",
+    "Service",
     "SharedSocket",
     "State",
     "StateError",
@@ -66,6 +70,7 @@ __all__ = (
     "listen",
     "listen_fds",
     "notify",
+    "serve",
     "take_state",
     "watchdog_timeout",
 )
@@ -76,13 +81,16 @@ _HOME = {
     "AcceptHandle": "accepting",
     "Activation": "activation",
     "Adopt": "adopt_or_bind",
+    "Connection": "service",
     "DEFAULT_BACKLOG": "binding",
+    "DrainReport": "service",
     "InheritedFd": "inherited",
     "Kind": "descriptor",
     "Listener": "listener",
     "Listeners": "listener",
     "Notifier": "notifier",
     "Origin": "listener",
+    "Service": "service",
     "SharedSocket": "listener",
     "State": "state",
     "add_accept_handler": "accepting",
@@ -92,6 +100,7 @@ _HOME = {
     "listen": "adopt_or_bind",
     "listen_fds": "activation",
     "notify": "notifier",
+    "serve": "service",
     "take_state": "state",
     "watchdog_timeout": "notifier",
 }

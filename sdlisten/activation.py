@@ -7,8 +7,8 @@ Rule 2. Claiming makes every passed descriptor close-on-exec and removes the fou
 environment and from ``os.environ``: a child must not find them, and python-systemd's ``unset_environment``
 clears only the former. It happens once; threads wait for each other.
 
-Rule 3. Each descriptor is taken once. A second taker is told who was first; so is a child forked after the
-claim, for which all of them belong to its parent.
+Rule 3. Each descriptor is taken once. A second taker is told who was first; so is a forked child, for which
+all of them belong to its parent, whether that has claimed them or not.
 
 Rule 4. Numbers stay where they are: the program may be going to exec itself, and then they must be at 3
 again.
@@ -42,6 +42,7 @@ lock = threading.RLock()
 """Held while deciding what to take. Read it from the module: a forked child gets a new one."""
 
 _process: Activation | None = None
+_importer = os.getpid()  # the only process that may claim what it was passed: children forked from it may not
 
 
 class Activation:
@@ -54,12 +55,13 @@ class Activation:
 
     __slots__ = ("_claimed", "_own", "_pid", "absent", "descriptors")
 
-    def __init__(self, environment: ListenEnvironment, *, own: bool) -> None:
+    def __init__(self, environment: ListenEnvironment, *, own: bool, pid: int | None = None) -> None:
         """Look at every descriptor and change nothing; `current` and `from_environ` are the way in.
 
         Args:
             environment: What the variables say.
             own: Whether they are this process's own variables, to be removed at the claim.
+            pid: The process that the descriptors belong to; this one if None.
 
         Raises:
             DescriptorError: A descriptor that should have been passed is not open.
@@ -70,7 +72,7 @@ class Activation:
             for fd in range(LISTEN_FDS_START, last)
         )
         self.absent = environment.absent
-        self._pid = os.getpid()
+        self._pid = os.getpid() if pid is None else pid
         self._own = own
         self._claimed = False
 
@@ -105,7 +107,7 @@ class Activation:
 
     @property
     def forked(self) -> bool:
-        """Whether the descriptors were passed to our parent, which claimed them before it forked us."""
+        """Whether the descriptors were passed to the process that forked us."""
         return self._pid != os.getpid() and bool(self.descriptors)
 
     @property
@@ -115,14 +117,15 @@ class Activation:
 
     def claim(self) -> None:
         """Make the descriptors close-on-exec and remove the variables, once (Rule 2)."""
+        global _process  # noqa: PLW0603 - LISTEN_* belong to the process
         with lock:
-            if self._claimed:
+            # listen() binds between its look and its claim, and another thread may claim meanwhile.
+            if self._claimed or (self._own and _process is not None):
                 return
-            for inherited in self.remaining:
+            for inherited in self.descriptors:
                 os.set_inheritable(inherited.fd, False)
             self._claimed = True
             if self._own:
-                global _process  # noqa: PLW0603 - LISTEN_* belong to the process
                 _process = self
                 for variable in VARIABLES:
                     os.environ.pop(variable, None)
@@ -194,7 +197,7 @@ class Activation:
             The descriptors; the caller owns them.
 
         Raises:
-            AlreadyTakenError: They belong to our parent.
+            AlreadyTakenError: They belong to the process that forked us.
             DescriptorError: Somebody closed one.
         """
         with lock:
@@ -207,7 +210,7 @@ class Activation:
         """Close what nobody has taken; the manager's own descriptors stay open.
 
         Raises:
-            AlreadyTakenError: They belong to our parent.
+            AlreadyTakenError: They belong to the process that forked us.
             DescriptorError: Somebody closed one; nothing is closed.
         """
         for inherited in self.take_remaining(by="close_remaining()"):
@@ -235,12 +238,12 @@ class Activation:
         """Check that the descriptors were passed to this process.
 
         Raises:
-            AlreadyTakenError: They belong to our parent, which claimed them before it forked us.
+            AlreadyTakenError: They belong to the process that forked us.
         """
         if self.forked:
             text = (
-                f"{join(self.descriptors)}: passed to pid {self._pid}, which claimed them before it forked "
-                f"pid {os.getpid()}. Use the listeners that the parent made."
+                f"{join(self.descriptors)}: passed to pid {self._pid}, which forked this one, {os.getpid()}. "
+                f"Take them in pid {self._pid}, before it forks, and use the listeners made there."
             )
             raise AlreadyTakenError(text)
 
@@ -277,9 +280,12 @@ def process_activation() -> Activation:
     """
     if _process is not None:
         return _process
-    environment = _read(os.environ, os.getpid())
-    activation = Activation(environment, own=True)
-    if activation.descriptors:
+    # A child that was forked before the claim still has its parent's variables and descriptors. To read them
+    # as foreign ones would say that nothing was passed, and to bind would be right.
+    pid = _importer if os.environ.get("LISTEN_PID") == str(_importer) else os.getpid()
+    environment = _read(os.environ, pid)
+    activation = Activation(environment, own=True, pid=pid)
+    if activation.remaining:
         require_agreement({found.fd: environment.name(found.fd) for found in activation.descriptors})
     return activation
 
@@ -292,7 +298,7 @@ def listen_fds() -> tuple[InheritedFd, ...]:
 
     Raises:
         ListenEnvironmentError: A LISTEN_* variable is malformed.
-        AlreadyTakenError: They belong to our parent, which claimed them before it forked us.
+        AlreadyTakenError: They belong to the process that forked us.
         DescriptorError: A descriptor is not open.
     """
     with lock:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Adopt", "bind", "listen")
 
+_CGROUP = "/proc/self/cgroup"
+
 
 class Adopt(enum.Enum):
     """What `listen` may do about sockets that the manager passed."""
@@ -194,23 +196,42 @@ def _none_fits(passed: Activation, wanted: Wanted) -> NameNotFoundError:
     else:
         headline = f"no passed socket is {'at ' + address if wanted.address else address}"
         asked = address
-    unit = meant.name if meant.name.endswith(".socket") else "NAME.socket"
-    service = f"{unit.removesuffix('.socket')}.service"
+    systemctl, own = _own_service()
+    unit = meant.name if meant.name.endswith(".socket") else f"{own or 'NAME'}.socket"
+    service = f"{own or unit.removesuffix('.socket')}.service"
     where = f" that has ListenStream={meant.address}" if meant.address else ""
     return NameNotFoundError(
         f"{headline}. Passed: {join(free)}. Wanted: {asked}. "
         f"Put FileDescriptorName={wanted.name or 'NAME'} into the .socket unit{where}"
-        f"{'' if wanted.name else ' and ask for that name'}, then: systemctl daemon-reload; "
-        f"systemctl stop {service}; systemctl restart {unit}."
+        f"{'' if wanted.name else ' and ask for that name'}, then: {systemctl} daemon-reload; "
+        f"{systemctl} stop {service}; {systemctl} restart {unit}."
     )
 
 
 def _nothing_passed(passed: Activation, wanted: Wanted) -> NotActivatedError:
     why = passed.absent or f"{join(passed.descriptors)} are taken or no sockets"
     bind = "" if wanted.address else ", and there is no address to bind"
-    unit = f"{wanted.name or 'NAME'}.socket"
+    systemctl, own = _own_service()
+    unit = f"{own or wanted.name or 'NAME'}.socket"
     fdname = f" --fdname={wanted.name}" if wanted.name else ""
     return NotActivatedError(
-        f"no sockets were passed ({why}){bind}. Start it through its unit: systemctl start {unit}; "
+        f"no sockets were passed ({why}){bind}. Start it through its unit: {systemctl} start {unit}; "
         f"to try it: systemd-socket-activate -l {wanted.address or 8080}{fdname} COMMAND."
     )
+
+
+def _own_service() -> tuple[str, str]:
+    """Return how to call the manager that runs us, and our service without its suffix; "" outside of one."""
+    # systemd.exec(5): the process that a unit started. Its descendants may be anything: a login shell, a cron
+    # job. If it is our parent, it is a wrapper that started us without exec.
+    if os.environ.get("SYSTEMD_EXEC_PID") not in {str(os.getpid()), str(os.getppid())}:
+        return "systemctl", ""
+    try:
+        # cgroups(7): ID:CONTROLLERS:PATH for each hierarchy; systemd calls the last directory like the unit.
+        with open(_CGROUP, encoding="utf-8", errors="replace") as lines:
+            paths = [line.rstrip("\n") for line in lines]
+    except OSError:  # no /proc
+        paths = []
+    path = next((path for path in paths if path.endswith(".service")), "")
+    service = path.rpartition("/")[2].removesuffix(".service")
+    return "systemctl --user" if "/user@" in path else "systemctl", service

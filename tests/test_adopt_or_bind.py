@@ -96,6 +96,98 @@ def test_required_but_nothing_passed(
     )
 
 
+@pytest.fixture
+def in_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Let this process find itself in a cgroup, and a pid in SYSTEMD_EXEC_PID."""
+
+    def place(cgroup: str, exec_pid: int) -> None:
+        (tmp_path / "cgroup").write_text(f"1:name=other:/\n0::{cgroup}\n")
+        monkeypatch.setattr("sdlisten.adopt_or_bind._CGROUP", str(tmp_path / "cgroup"))
+        monkeypatch.setenv("SYSTEMD_EXEC_PID", str(exec_pid))
+
+    return place
+
+
+def start_command() -> str:
+    """Return the command that an error proposes to start us with."""
+    with pytest.raises(NotActivatedError) as caught:
+        listen("8080", name="http", adopt=Adopt.REQUIRE)
+    return str(caught.value).partition("Start it through its unit: ")[2].partition(";")[0]
+
+
+@pytest.mark.parametrize("started", [os.getpid, os.getppid], ids=["directly", "by a wrapper"])
+def test_error_names_our_socket(
+    passing: Passing, in_service: Callable[[str, int], None], started: Callable[[], int]
+) -> None:
+    """In a service, also behind a wrapper, the command in an error starts the socket called like it."""
+    passing()
+    in_service("/system.slice/hello.service", started())
+
+    assert start_command() == "systemctl start hello.socket"
+
+
+def test_error_names_our_units(
+    passing: Passing, in_service: Callable[[str, int], None], tcp: socket.socket
+) -> None:
+    """In a service the commands in an error can be run as they stand, whatever the socket is named."""
+    passing(tcp, names=["wrong"])
+    in_service("/system.slice/hello.service", os.getpid())
+
+    with pytest.raises(NameNotFoundError) as caught:
+        listen("8080", name="http")
+    mend = "systemctl daemon-reload; systemctl stop hello.service; systemctl restart hello.socket."
+    assert str(caught.value).endswith(mend)
+
+
+def test_error_names_our_service_and_its_socket(
+    passing: Passing, in_service: Callable[[str, int], None], tcp: socket.socket, unix: socket.socket
+) -> None:
+    """The service is ours, the socket the one that was passed, also where they are not called alike."""
+    passing(tcp, unix, names=["web.socket", "web.socket"])
+    in_service("/system.slice/hello.service", os.getpid())
+
+    with pytest.raises(NameNotFoundError) as caught:
+        listen("8080", name="http")
+
+    assert str(caught.value).endswith("systemctl stop hello.service; systemctl restart web.socket.")
+
+
+def test_error_in_a_user_service(passing: Passing, in_service: Callable[[str, int], None]) -> None:
+    """In a service of a user the commands are for the manager of that user."""
+    passing()
+    in_service("/user.slice/user-1000.slice/user@1000.service/app.slice/hello.service", os.getpid())
+
+    assert start_command() == "systemctl --user start hello.socket"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "exec_pid"),
+    [
+        pytest.param("/system.slice/cron.service", 1, id="job of another service"),
+        pytest.param("/user.slice/user-1000.slice/session-3.scope", os.getpid(), id="session"),
+    ],
+)
+def test_error_outside_of_a_service(
+    passing: Passing, in_service: Callable[[str, int], None], cgroup: str, exec_pid: int
+) -> None:
+    """What was not started by a service of its own does not take another one's unit for its own."""
+    passing()
+    in_service(cgroup, exec_pid)
+
+    assert start_command() == "systemctl start http.socket"
+
+
+def test_error_without_proc(
+    passing: Passing, in_service: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where /proc is missing the error comes all the same."""
+    passing()
+    in_service("/", os.getpid())
+    monkeypatch.setattr("sdlisten.adopt_or_bind._CGROUP", "/nonexistent")
+
+    assert start_command() == "systemctl start http.socket"
+
+
 def test_required_and_meant_for_another(passing: Passing, tcp: socket.socket, unchanged: Unchanged) -> None:
     """A wrapper that does not exec is named as the reason: LISTEN_PID is its pid, not ours."""
     passing(tcp, environ={"LISTEN_PID": str(os.getppid())})
@@ -421,16 +513,19 @@ def test_child_forked_after_the_claim(passing: Passing, tcp: socket.socket) -> N
     with listen(name="http"):
         answer = in_fork(lambda: str(listen("127.0.0.1:0", name="metrics")))
         assert answer.startswith("AlreadyTakenError: fd 3 'http'")
-        assert f"passed to pid {os.getpid()}, which claimed them before it forked" in answer
+        assert f"passed to pid {os.getpid()}, which forked this one" in answer
         assert "bound" in in_fork(lambda: str(listen("127.0.0.1:0", adopt=Adopt.NEVER)))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_child_forked_before_the_claim(passing: Passing, tcp: socket.socket) -> None:
-    """A child forked before the claim finds the sockets meant for its parent, and the address in use."""
+    """A child forked before the claim, which has its parent's variables, is told the same; NEVER binds."""
     passing(tcp)
 
-    assert "Address already in use" in in_fork(lambda: str(listen(word(tcp))))
+    for address in (word(tcp), "127.0.0.1:0"):
+        answer = in_fork(lambda address=address: str(listen(address)))  # type: ignore[misc]
+        assert f"passed to pid {os.getpid()}, which forked this one" in answer
+    assert "bound" in in_fork(lambda: str(listen("127.0.0.1:0", adopt=Adopt.NEVER)))
     with listen() as (listener,):
         assert listener.fileno() == 3
 

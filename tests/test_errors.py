@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from sdlisten import errors
@@ -11,10 +13,16 @@ from sdlisten.errors import (
     BarrierTimeoutError,
     DescriptorError,
     ListenEnvironmentError,
+    MessageError,
     NotActivatedError,
     NotifyError,
     SdlistenError,
+    StateError,
+    StoreRefusedError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 OWN = [getattr(errors, name) for name in errors.__all__]
 
@@ -51,30 +59,43 @@ def test_one_base_catches_all(kind: type[Exception]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "builtin"),
-    [(AddressError, ValueError), (NotActivatedError, ValueError), (BarrierTimeoutError, TimeoutError)],
+    [
+        (AddressError, ValueError),
+        (NotActivatedError, ValueError),
+        (MessageError, ValueError),
+        (StateError, ValueError),
+        (BarrierTimeoutError, TimeoutError),
+    ],
 )
 def test_builtin_types_catch_what_they_would(kind: type[Exception], builtin: type[Exception]) -> None:
-    """A wrong word and nothing to bind are ValueErrors, an unconfirmed barrier is a TimeoutError."""
+    """What a caller got wrong is a ValueError, a barrier that was not confirmed a TimeoutError."""
     with pytest.raises(builtin, match="the text"):
         raise kind("the text")
 
 
-def test_listen_environment_error_names_the_variable() -> None:
-    """The variable and its value can be read from the error, a missing one as None."""
-    error = ListenEnvironmentError("text", variable="LISTEN_FDS", value="x")
-    missing = ListenEnvironmentError("text", variable="LISTEN_FDS")
+@pytest.mark.parametrize(
+    ("kind", "attributes"),
+    [
+        (ListenEnvironmentError, {"variable": "LISTEN_FDS", "value": "x"}),
+        (DescriptorError, {"fd": 7}),
+        (MessageError, {"field": "STATUS", "value": "x"}),
+        (StoreRefusedError, {"kept": 2}),
+    ],
+)
+def test_a_program_reads_what_was_at_fault(
+    kind: Callable[..., SdlistenError], attributes: dict[str, object]
+) -> None:
+    """What an error is about can be had without parsing its text, which is all that str() gives."""
+    error = kind("text", **attributes)
 
-    assert (str(error), error.variable, error.value) == ("text", "LISTEN_FDS", "x")
-    assert missing.value is None
-    assert isinstance(error, ActivationError)
+    assert vars(error) == attributes
+    assert str(error) == "text"
 
 
-def test_descriptor_error_names_the_descriptor() -> None:
-    """The number of the descriptor can be read from the error."""
-    error = DescriptorError("text", fd=7)
-
-    assert (str(error), error.fd) == ("text", 7)
-    assert isinstance(error, ActivationError)
+def test_what_is_missing_has_no_value() -> None:
+    """A variable that is not there has the value None; so has a message that is no field."""
+    assert ListenEnvironmentError("text", variable="LISTEN_FDS").value is None
+    assert vars(MessageError("text")) == {"field": None, "value": None}
 
 
 def test_notify_errors_are_no_activation_errors() -> None:

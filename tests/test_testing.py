@@ -109,6 +109,21 @@ def test_does_not_write() -> None:
             daemon.wait_output("hello", timeout=0.1)
 
 
+def test_ends_by_itself() -> None:
+    """The end of a program can be waited for, with a deadline that leaves it running."""
+    ours, theirs = socket.socketpair()
+    text = "say('READY=1'); os.read(3, 1); sys.exit(78)"
+    with ours, theirs, activate(program(text), [("go", theirs)]) as daemon:
+        daemon.wait_ready()
+        with pytest.raises(TimeoutError, match=r"did not end within 0.1 s; it said \[{'READY': '1'}\]"):
+            daemon.wait(0.1)
+        assert daemon.returncode is None
+        ours.send(b"!")
+
+        assert daemon.wait() == daemon.returncode == 78
+        assert daemon.wait() == daemon.terminate() == 78
+
+
 def test_does_not_end() -> None:
     """A program that ignores SIGTERM is killed, and that is an error."""
     text = "signal.signal(signal.SIGTERM, signal.SIG_IGN); say('READY=1'); signal.pause()"
@@ -142,7 +157,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="command"), activate([], ["127.0.0.1:0"]):
         pass
     idle = activate(["true"], [])
-    for call in (idle.wait_ready, idle.terminate, lambda: idle.wait_output("x")):
+    for call in (idle.wait_ready, idle.wait, idle.terminate, lambda: idle.wait_output("x")):
         with pytest.raises(ValueError, match="needs a started program"):
             call()
     assert (idle.pid, idle.output, idle.messages) == (0, "", ())

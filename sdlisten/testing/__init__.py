@@ -189,6 +189,29 @@ class Activated:
             # A file tells nobody that it grew: look again soon, or at once if the program ends.
             select.select([self._child], [], [], 0.01)
 
+    def wait(self, timeout: float = 10.0) -> int:
+        """Wait until it ends by itself, as a daemon does that refuses its configuration.
+
+        Args:
+            timeout: Seconds.
+
+        Returns:
+            Its exit code, or ``-n`` for signal n.
+
+        Raises:
+            TimeoutError: It did not, and runs on; the text has what it said and wrote.
+            ValueError: It was not started.
+        """
+        if self._child is None:
+            text = "wait() needs a started program"
+            raise ValueError(text)
+        code = self._child.wait(timeout)
+        if code is None:
+            text = f"it did not end within {timeout} s; {self._seen()}"
+            raise TimeoutError(text)
+        self.returncode = code
+        return code
+
     def terminate(self, timeout: float = 10.0) -> int:
         """Send SIGTERM and wait for the end.
 

@@ -1,0 +1,416 @@
+"""`Service`: one daemon from its first listener to its clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import select
+from collections import deque
+
+from sdlisten.accepting import add_accept_handler
+from sdlisten.listener import Listener, Origin
+from sdlisten.notifier import Notifier, watchdog_timeout
+from sdlisten.service.drain import drain
+from sdlisten.service.protocol import ProtocolConnection
+from sdlisten.service.report import Counters, DrainReport, Outcome
+from sdlisten.service.rules import Rules
+from sdlisten.service.served import ServedConnection
+from sdlisten.service.table import Table
+from sdlisten.service.upkeep import Reloads, Watchdog
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable, Iterable
+    from ssl import SSLContext
+    from typing import Any
+
+    from sdlisten.accepting import AcceptHandle
+    from sdlisten.service.connection import Connection
+    from sdlisten.service.upkeep import Health, OnReload
+
+__all__ = ("Service",)
+
+_logger = logging.getLogger("sdlisten.service")
+
+
+class Service:
+    """A daemon on asyncio (or uvloop): accepts, tells the manager, reloads, drains, ends.
+
+    It lives once: `start`, `stop`, and it is over. `sdlisten.serve` makes one, with signal handlers.
+
+    Args:
+        drain_timeout: Seconds from the order to stop until what is left is dropped. Keep it below the
+            manager's patience: ``docker stop`` kills after 10 s; systemd is asked for as long as it takes.
+        fresh_timeout: While draining, a connection on which nothing ever came is closed when it is so many
+            seconds old.
+        idle_timeout: While draining, a connection is closed when its client has been silent for so many
+            seconds since its last answer; silence before the drain counts.
+        exit_on_idle: Stop when there was no connection for so many seconds. Only if every listener was
+            adopted: the manager then starts us again for the next client. None: never.
+        max_connections: Accept no more while there are so many; clients wait in the listener's queue.
+        on_reload: Called for `reload`; may return an awaitable. If it raises, the old configuration is
+            expected to be in force still, and the manager is told what went wrong.
+        on_drain: Called with each connection that has a request in progress when the drain begins: to tell
+            a WebSocket or an event stream to end. May return an awaitable.
+        health: Asked before each ping of the watchdog; may return an awaitable. True or None: alive. False,
+            an error, or no answer yet: no ping. "trigger": the manager is to act now.
+        notifier: The line to the manager; that of the process if None.
+
+    Raises:
+        ValueError: A number is negative, or ``max_connections`` is 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        drain_timeout: float = 8.0,
+        fresh_timeout: float = 5.0,
+        idle_timeout: float = 2.0,
+        exit_on_idle: float | None = None,
+        max_connections: int | None = None,
+        on_reload: OnReload | None = None,
+        on_drain: Callable[[Connection], object] | None = None,
+        health: Health | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:
+        if exit_on_idle is not None and exit_on_idle < 0:
+            raise ValueError(f"exit_on_idle={exit_on_idle}: expected seconds, or None")
+        if max_connections is not None and max_connections < 1:
+            raise ValueError(f"max_connections={max_connections}: expected 1 or more, or None")
+        self._rules = Rules(
+            drain_timeout=drain_timeout, fresh_timeout=fresh_timeout, idle_timeout=idle_timeout
+        )
+        self._table = Table(self._changed)
+        self._exit_on_idle = exit_on_idle
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._max_connections = max_connections
+        self._full = False
+        self._on_drain = on_drain
+        self._notifier = Notifier.from_environ() if notifier is None else notifier
+        self._watchdog = Watchdog(self._notifier, watchdog_timeout(), health)
+        self._reloads = Reloads(self._notifier, on_reload)
+        self._endpoints: list[_Endpoint] = []
+        self._passed: _Passed | None = None
+        self._orders: deque[str] = deque()
+        self._loop = _loop_of_this_thread()
+        self._over: asyncio.Future[DrainReport] | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+
+    @property
+    def draining(self) -> bool:
+        """Whether an order to stop has come."""
+        return self._rules.draining
+
+    @property
+    def counters(self) -> Counters:
+        """What was counted so far."""
+        ended = self._table.ended
+        return Counters(
+            accepted=self._table.accepted,
+            active=len(self._table),
+            errors=self._table.errors,
+            queued=sum(one.listener.queued or 0 for one in self._endpoints if one.listener.fileno() >= 0),
+            **{outcome.value: ended[outcome] for outcome in Outcome},
+        )
+
+    def attach(
+        self,
+        listeners: Listener | Iterable[Listener],
+        handler: Callable[[Connection], Awaitable[object]],
+        *,
+        ssl: SSLContext | None = None,
+    ) -> None:
+        """Serve what is accepted there with a coroutine function, a task for each connection.
+
+        Args:
+            listeners: *Takes ownership*: they are closed when the service stops accepting.
+            handler: Called with each `Connection`, which is closed when it returns. What it raises is
+                logged, and does not disturb the others.
+            ssl: Serve TLS. The handler is called after the handshake.
+
+        Raises:
+            RuntimeError: The service has been started.
+        """
+
+        def serve(listener: Listener) -> Callable[[socket.socket, Any], None]:
+            return lambda sock, peer: ServedConnection(sock, peer, listener, self._rules, self._table).start(
+                handler, ssl
+            )
+
+        self._attach(listeners, serve)
+
+    def attach_protocol(
+        self,
+        listeners: Listener | Iterable[Listener],
+        factory: Callable[[], asyncio.BaseProtocol],
+        *,
+        ssl: SSLContext | None = None,
+    ) -> None:
+        """Serve what is accepted there with protocols, as ``loop.create_server`` does.
+
+        Args:
+            listeners: *Takes ownership*: they are closed when the service stops accepting.
+            factory: Makes a protocol for each connection. One that has a method ``start_draining`` is told
+                so when the drain begins; it should then close its transport as soon as it owes nothing.
+            ssl: Serve TLS.
+
+        Raises:
+            RuntimeError: The service has been started.
+        """
+
+        def serve(_listener: Listener) -> Callable[[socket.socket, Any], None]:
+            return lambda sock, _peer: ProtocolConnection(sock, self._rules, self._table).start(factory, ssl)
+
+        self._attach(listeners, serve)
+
+    def attach_connection(
+        self,
+        sock: socket.socket,
+        handler: Callable[[Connection], Awaitable[object]],
+        *,
+        ssl: SSLContext | None = None,
+    ) -> None:
+        """Serve one connection that was passed (``Accept=yes``), and stop when it has ended.
+
+        Args:
+            sock: *Takes ownership*; made non-blocking and close-on-exec.
+            handler: As for `attach`.
+            ssl: Serve TLS.
+
+        Raises:
+            RuntimeError: The service has been started.
+        """
+        self._check_not_started()
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+        self._passed = _Passed(sock, handler, ssl)
+
+    def start(self) -> None:
+        """Begin to accept and say READY=1, soon: in the loop of the thread that made this object, or runs.
+
+        `serve` does it too. Once is enough. What goes wrong, `serve` raises.
+
+        Raises:
+            RuntimeError: No event loop is known yet.
+        """
+        loop = self._loop or asyncio.get_running_loop()
+        loop.call_soon_threadsafe(self._start_or_fail, loop)
+
+    def stop(self) -> None:
+        """Order the drain. Again a second or more later: shorten what is left to a tenth, at least 1 s."""
+        self._order("stop")
+
+    def reload(self) -> None:
+        """Order a reload; after the one that is under way, if there is one."""
+        self._order("reload")
+
+    async def serve(self) -> DrainReport:
+        """Run until `stop`, or until idle for long enough, and to the end of the drain.
+
+        If it is cancelled, everything is closed at once.
+
+        Raises:
+            RuntimeError: Nothing is attached.
+            DescriptorError: A listener does not listen.
+            OSError: A listener is closed.
+        """
+        self._start(asyncio.get_running_loop())
+        assert self._over is not None  # noqa: S101 - made by _start
+        try:
+            return await asyncio.shield(self._over)
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
+
+    def _attach(
+        self,
+        listeners: Listener | Iterable[Listener],
+        serve: Callable[[Listener], Callable[[socket.socket, Any], None]],
+    ) -> None:
+        self._check_not_started()
+        for listener in (listeners,) if isinstance(listeners, Listener) else listeners:
+            self._endpoints.append(_Endpoint(listener, serve(listener)))
+
+    def _check_not_started(self) -> None:
+        if self._over is not None:
+            raise RuntimeError("attach before start() or serve()")
+
+    def _start_or_fail(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._start(loop)
+        except Exception as error:
+            _logger.exception("the service cannot start")
+            if self._over is not None:
+                self._over.set_exception(error)
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._over is not None:
+            return
+        if not (self._endpoints or self._passed):
+            raise RuntimeError("attach a listener and its handler before serve()")
+        self._loop = loop
+        self._over = loop.create_future()
+        if "stop" not in self._orders:
+            try:
+                for endpoint in self._endpoints:
+                    endpoint.handle = add_accept_handler(endpoint.listener, endpoint.accepted, loop)
+            except BaseException:
+                self._stop_accepting()
+                raise
+            if self._passed is not None:
+                one = ServedConnection(self._passed.sock, self._passed.peer, None, self._rules, self._table)
+                one.start(self._passed.handler, self._passed.ssl)
+            # Only now: whoever waits for READY=1 connects at once.
+            self._notifier.ready()
+            self._watchdog.start()
+            self._changed()
+        self._obey()
+
+    def _order(self, what: str) -> None:
+        # In this order, and looked for after the loop is known in _start: an order is never lost. Appending
+        # and call_soon_threadsafe() are all that a signal handler may do in the middle of anything.
+        self._orders.append(what)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: all is over
+                self._loop.call_soon_threadsafe(self._obey)
+
+    def _obey(self) -> None:
+        while self._over is not None and self._orders:
+            if self._over.done():
+                self._orders.clear()
+            elif self._orders.popleft() == "stop":
+                self._stop()
+            elif not self.draining:
+                self._reloads.order()
+
+    def _stop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._rules.order(loop.time()):
+            self._reloads.stop()
+            self._notifier.stopping()
+            self._stop_accepting()
+            self._drain_task = loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        assert self._over is not None  # noqa: S101 - made by _start
+        try:
+            hook: Any = self._on_drain
+            self._over.set_result(await drain(self._table, self._rules, self._notifier, hook))
+        finally:
+            self._watchdog.stop()
+
+    def _stop_accepting(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        for endpoint in self._endpoints:
+            if endpoint.handle is not None:
+                endpoint.handle.remove()
+                endpoint.handle = None
+                if endpoint.listener.origin is Origin.BOUND and not self._full:
+                    endpoint.accept_queued()
+            endpoint.listener.close()
+        if self._passed is not None and not self._table.accepted:
+            self._passed.sock.close()
+
+    def _abandon(self) -> None:
+        if self._over is not None:
+            self._over.cancel()
+        self._reloads.stop()
+        self._watchdog.stop()
+        self._stop_accepting()
+        if self._drain_task is not None:
+            self._drain_task.cancel()
+        for entry in self._table:
+            entry.drop()
+
+    def _changed(self) -> None:
+        """Take note that a connection has come or gone."""
+        if self.draining:
+            return
+        number = len(self._table)
+        if self._max_connections is not None and (number >= self._max_connections) != self._full:
+            self._full = not self._full
+            self._pause(self._full)
+        if not number and self._passed is not None:
+            self.stop()
+        elif self._exit_on_idle is not None:
+            self._watch_idleness(idle=not number)
+
+    def _pause(self, paused: bool) -> None:
+        for endpoint in self._endpoints:
+            if endpoint.handle is not None:
+                (endpoint.handle.pause if paused else endpoint.handle.resume)()
+
+    def _watch_idleness(self, *, idle: bool) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        # Whoever binds for himself is not started again by a client.
+        activated = all(endpoint.listener.origin is Origin.ADOPTED for endpoint in self._endpoints)
+        if idle and activated and self._loop is not None and self._exit_on_idle is not None:
+            self._idle_timer = self._loop.call_later(self._exit_on_idle, self._idle_over)
+
+    def _idle_over(self) -> None:
+        # Who comes before this look is served by us, who comes after it waits in the queue of the manager's
+        # socket, which starts us again.
+        self._pause(True)
+        if any(endpoint.has_queued() for endpoint in self._endpoints):
+            self._pause(False)
+            self._watch_idleness(idle=True)
+        else:
+            _logger.info("idle for %g s: stopping", self._exit_on_idle)
+            self._stop()
+
+
+class _Passed:
+    """One connection that was passed, and what is to serve it."""
+
+    __slots__ = ("handler", "peer", "sock", "ssl")
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        handler: Callable[[Connection], Awaitable[object]],
+        ssl: SSLContext | None,
+    ) -> None:
+        self.sock = sock
+        self.handler = handler
+        self.ssl = ssl
+        try:
+            self.peer: object = sock.getpeername()
+        except OSError:
+            self.peer = None  # the client has left already
+
+
+class _Endpoint:
+    """A listener, what to do with its connections, and the handle to stop that."""
+
+    __slots__ = ("accepted", "handle", "listener")
+
+    def __init__(self, listener: Listener, accepted: Callable[[socket.socket, Any], None]) -> None:
+        self.listener = listener
+        self.accepted = accepted
+        self.handle: AcceptHandle | None = None
+
+    def has_queued(self) -> bool:
+        """Return whether a connection waits to be accepted."""
+        poller = select.poll()
+        poller.register(self.listener.fileno(), select.POLLIN)
+        return bool(poller.poll(0))
+
+    def accept_queued(self) -> None:
+        """Accept what waits in a queue that nobody else will look at: it ends with the socket."""
+        with contextlib.suppress(OSError):  # TimeoutError: that was all
+            for _ in range(self.listener.queued or 0):
+                sock, peer = self.listener.accept(0)
+                sock.setblocking(False)
+                self.accepted(sock, peer)
+
+
+def _loop_of_this_thread() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

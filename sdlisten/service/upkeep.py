@@ -1,0 +1,144 @@
+"""What the manager is told while a service runs: that it is alive, and how its reloads go."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import inspect
+import logging
+from typing import Literal, TypeAlias
+
+from sdlisten.message import assignment
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sdlisten.notifier import Notifier
+
+    Verdict: TypeAlias = bool | Literal["trigger"] | None
+    Health: TypeAlias = Callable[[], Verdict | Awaitable[Verdict]]
+    OnReload: TypeAlias = Callable[[], object]
+
+__all__ = ("Reloads", "Watchdog")
+
+_logger = logging.getLogger("sdlisten.service")
+
+
+class Watchdog:
+    """Sends ``WATCHDOG=1`` from the event loop: a loop that hangs sends none.
+
+    Args:
+        notifier: The manager.
+        timeout: After how many seconds of silence the manager acts; None: there is no watchdog.
+        health: Asked before each; see `sdlisten.service.Service`.
+    """
+
+    __slots__ = ("_check", "_health", "_interval", "_notifier", "_timer")
+
+    def __init__(self, notifier: Notifier, timeout: float | None, health: Health | None) -> None:
+        self._notifier = notifier
+        # sd_watchdog_enabled(3) advises half; a third leaves room for one that is late.
+        self._interval = None if timeout is None else timeout / 3
+        self._health = health
+        self._timer: asyncio.TimerHandle | None = None
+        self._check: asyncio.Future[Verdict] | None = None
+
+    def start(self) -> None:
+        """Send the first, and go on until `stop`."""
+        if self._interval is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self.start)
+            self._ask()
+
+    def stop(self) -> None:
+        """Send no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._check is not None:
+            self._check.cancel()
+
+    def _ask(self) -> None:
+        if self._health is None:
+            self._judge(True)
+        elif self._check is None:
+            try:
+                verdict = self._health()
+                if inspect.isawaitable(verdict):
+                    self._check = asyncio.ensure_future(verdict)
+                    self._check.add_done_callback(self._answered)
+                else:
+                    self._judge(verdict)
+            except Exception:
+                _logger.exception("health() raised: the watchdog gets nothing")
+
+    def _answered(self, check: asyncio.Future[Verdict]) -> None:
+        self._check = None
+        if check.cancelled():
+            return
+        if (error := check.exception()) is not None:
+            _logger.error("health() raised: the watchdog gets nothing", exc_info=error)
+        else:
+            self._judge(check.result())
+
+    def _judge(self, verdict: Verdict) -> None:
+        if verdict == "trigger":
+            _logger.error("health() said: trigger the watchdog")
+            self._notifier.watchdog_trigger()
+        elif verdict or verdict is None:
+            self._notifier.watchdog()
+
+
+class Reloads:
+    """Reloads one after the other; orders that come during one become one more.
+
+    Args:
+        notifier: The manager.
+        on_reload: Does it, or raises; may return an awaitable. None: there is nothing to do.
+    """
+
+    __slots__ = ("_again", "_failed", "_notifier", "_on_reload", "_task")
+
+    def __init__(self, notifier: Notifier, on_reload: OnReload | None) -> None:
+        self._notifier = notifier
+        self._on_reload = on_reload
+        self._task: asyncio.Task[None] | None = None
+        self._again = False
+        self._failed = False
+
+    def order(self) -> None:
+        """Begin a reload, or another one after that which is under way."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+        else:
+            self._again = True
+
+    def stop(self) -> None:
+        """Cancel what is under way: after STOPPING=1 there is no READY=1."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            self._again = False
+            # Without RELOADING=1, sent after the signal, Type=notify-reload waits for ever; P27 of field.md.
+            self._notifier.reloading()
+            self._notifier.send("READY=1", *await self._reload())
+            if not self._again:
+                self._task = None
+                return
+
+    async def _reload(self) -> tuple[str, ...]:
+        """Reload; returns what is to be said of it."""
+        try:
+            if self._on_reload is not None:
+                result = self._on_reload()
+                if inspect.isawaitable(result):
+                    await result
+        except Exception as error:
+            _logger.exception("reload failed, the old configuration stays")
+            self._failed = True
+            number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
+            return assignment("STATUS", f"reload failed: {error!r}"), assignment("ERRNO", number)
+        _logger.info("reloaded")
+        failed, self._failed = self._failed, False
+        return ("STATUS=", "ERRNO=0") if failed else ()
