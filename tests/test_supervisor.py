@@ -89,7 +89,9 @@ class Running:
         """The same as a word."""
         return self.daemon.listeners[0].address
 
-    def ask(self, do: str, *, wait: bool = False, timeout: float | None = None, **more: object) -> dict[str, Any]:
+    def ask(
+        self, do: str, *, wait: bool = False, timeout: float | None = None, **more: object
+    ) -> dict[str, Any]:
         """Ask it at its control socket."""
         return dict(ctl.ask(self.control, {"do": do, "wait": wait, **more}, timeout=timeout or SECONDS))
 
@@ -216,7 +218,12 @@ def test_a_program_is_served_and_stopped(run: Callable[..., Running]) -> None:
     assert running.ask("status")["code"] == 0
     assert running.daemon.terminate() == 0
     gone(pid)
-    says = [word for message in running.daemon.messages for word in message if word in {"READY", "RELOADING", "STOPPING"}]
+    says = [
+        word
+        for message in running.daemon.messages
+        for word in message
+        if word in {"READY", "RELOADING", "STOPPING"}
+    ]
     assert says == ["READY", "STOPPING"]
 
 
@@ -238,6 +245,21 @@ def test_rolls_under_load(run: Callable[..., Running], rounds: Callable[[int], i
     assert (facts["rolls"], facts["restarts"], facts["killed"]) == (count + 1, 0, 0)
     assert descriptors(running.daemon.pid) == before
     assert children(running.daemon.pid) == sorted(running.pids())
+
+
+@pytest.mark.parametrize("mode", ["short", "slow", "keep"])
+def test_hello_rolls_under_load(run: Callable[..., Running], rounds: Callable[[int], int], mode: str) -> None:
+    """Our own daemon, two workers of it, fails no request of any kind, however often it is rolled."""
+    running = run("--workers", "2", command=[sys.executable, "-m", "sdlisten.hello"])
+    with LoadProcess(running.word, mode=mode) as load:
+        load.wait_started()
+        answers = [running.roll()["code"] for _ in range(rounds(5))]
+        result = load.stop()
+
+    assert result.clean, result
+    assert answers == [0] * rounds(5)
+    facts = running.settled()
+    assert (facts["restarts"], facts["killed"]) == (0, 0)
 
 
 def descriptors(pid: int) -> list[str]:
@@ -265,7 +287,9 @@ def test_bad_deploys(run: Callable[..., Running], kind: str) -> None:
     assert result.clean, result
     assert list(result.pids) == [old]
     assert (answer["code"], "these are my last words" in answer["stderr"]) == (3, True)
-    assert f"generation 2 was refused: a worker {'was not ready' if kind == 'hangs' else ''}" in answer["text"]
+    assert (
+        f"generation 2 was refused: a worker {'was not ready' if kind == 'hangs' else ''}" in answer["text"]
+    )
     running.says("READY", 2)
     running.deploy(app())
     assert running.roll()["code"] == 0
@@ -280,7 +304,10 @@ def test_a_version_that_dies_in_the_soak(run: Callable[..., Running]) -> None:
     running.deploy(app(ready="os._exit(7)"))
 
     answer = running.roll()
-    assert (answer["code"], answer["text"]) == (3, "the roll to generation 2 was refused: a worker exited with 7")
+    assert (answer["code"], answer["text"]) == (
+        3,
+        "the roll to generation 2 was refused: a worker exited with 7",
+    )
     assert running.get()[0] == old
 
 
@@ -292,7 +319,11 @@ def test_a_version_that_dies_without_a_soak(run: Callable[..., Running]) -> None
     running.until(lambda facts: facts["restarts"] > 1)
 
     running.deploy(app())
-    running.until(lambda facts: facts["generations"][0]["workers"] and facts["generations"][0]["workers"][0]["says"] == "READY")
+    running.until(
+        lambda facts: (
+            facts["generations"][0]["workers"] and facts["generations"][0]["workers"][0]["says"] == "READY"
+        )
+    )
     assert running.get()[1] == 2
 
 
@@ -526,7 +557,9 @@ def test_a_short_queue(run: Callable[..., Running]) -> None:
 
 
 @pytest.mark.parametrize(("options", "blocking"), [((), True), (("--non-blocking",), False)])
-def test_how_listeners_are_passed(run: Callable[..., Running], options: tuple[str, ...], blocking: bool) -> None:
+def test_how_listeners_are_passed(
+    run: Callable[..., Running], options: tuple[str, ...], blocking: bool
+) -> None:
     """Fault 33: accept(2) waits, as under systemd, unless asked for otherwise; a roll leaves it as it is."""
     running = run(*options, text=app("print('blocking', blocking); sys.stdout.flush()"))
 
@@ -553,7 +586,9 @@ def test_a_bad_environment(env: dict[str, str], text: str) -> None:
 
 def test_nothing_to_serve() -> None:
     """Without -l and without anything passed there is nothing to hold: 78."""
-    done = subprocess.run([sys.executable, "-m", "sdlisten", "run", "--", "true"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sdlisten", "run", "--", "true"], capture_output=True, text=True, check=False
+    )
 
     assert (done.returncode, "no -l" in done.stderr) == (78, True)
 
@@ -598,7 +633,9 @@ def test_strangers_are_reaped(tmp_path: Path) -> None:
     script = f"for i in 1 2 3 4 5; do sleep 0.2 & done; exec {' '.join(words)}"
     with activate(["sh", "-c", f"{script}"], ["http=127.0.0.1:0"]) as daemon:
         daemon.wait_ready(SECONDS)
-        strangers = [pid for pid in children(daemon.pid) if "sleep" in Path(f"/proc/{pid}/cmdline").read_text()]
+        strangers = [
+            pid for pid in children(daemon.pid) if "sleep" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
         for pid in strangers:
             gone(pid)
         deadline = time.monotonic() + SECONDS
