@@ -1,7 +1,7 @@
 """`sdlisten run`, seen from outside: real supervisors, real programs, and what clients notice of it.
 
-Numbers of faults are those of the list that the supervisor is held to: what an operator, a bad deploy, a signal
-or the kernel can do to it.
+Numbers of faults are those of the list that the supervisor is held to: what an operator, a bad deploy, a
+signal or the kernel can do to it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import sdlisten
 from sdlisten.load import LoadProcess
 from sdlisten.supervisor import ctl
 from sdlisten.testing import activate
@@ -81,8 +83,8 @@ class Running:
     @property
     def address(self) -> tuple[str, int]:
         """Where the program listens."""
-        host, port = self.daemon.listeners[0].sockname  # type: ignore[misc] # IPv4
-        return host, port
+        host, _, port = self.word.partition(":")
+        return host, int(port)
 
     @property
     def word(self) -> str:
@@ -95,9 +97,9 @@ class Running:
         """Ask it at its control socket."""
         return dict(ctl.ask(self.control, {"do": do, "wait": wait, **more}, timeout=timeout or SECONDS))
 
-    def roll(self, **more: object) -> dict[str, Any]:
+    def roll(self, command: Sequence[str] | None = None) -> dict[str, Any]:
         """Roll, and return the outcome."""
-        return self.ask("roll", wait=True, **more)
+        return self.ask("roll", wait=True, command=command)
 
     def status(self) -> dict[str, Any]:
         """Return the facts of ``status``."""
@@ -125,6 +127,15 @@ class Running:
         while sum(message.get(name) == "1" for message in self.daemon.messages) < count:
             if not select.select([receiver], [], [], max(0, deadline - time.monotonic()))[0]:
                 pytest.fail(f"no {name}=1: {self.daemon._seen()}")
+
+    def says_status(self, text: str) -> None:
+        """Wait until our own manager was told a status."""
+        receiver = self.daemon._receiver
+        assert receiver
+        deadline = time.monotonic() + SECONDS
+        while not any(text in message.get("STATUS", "") for message in self.daemon.messages):
+            if not select.select([receiver], [], [], max(0, deadline - time.monotonic()))[0]:
+                pytest.fail(f"no STATUS={text}: {self.daemon._seen()}")
 
     def reads(self, text: str) -> None:
         """Wait until it has written something."""
@@ -354,38 +365,32 @@ def test_commands_that_cannot_be_executed(run: Callable[..., Running], tmp_path:
 
 
 def test_no_descriptor_left(run: Callable[..., Running]) -> None:
-    """Fault 9: where a worker cannot be started for lack of descriptors the roll is refused, and later ones are not."""
+    """Fault 9: if there are no descriptors to start a worker the roll is refused; later ones are not."""
     running = run()
     pid = running.daemon.pid
-    soft, hard = resource_limits(pid)
-    set_limits(pid, len(os.listdir(f"/proc/{pid}/fd")) + 2, hard)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + 2, hard))
 
     answer = running.roll()
     assert (answer["code"], "Too many open files" in answer["stderr"]) == (3, True), answer
-    set_limits(pid, soft, hard)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
     assert running.roll()["code"] == 0
     running.settled()
     assert running.get()[1] == 3
 
 
-def resource_limits(pid: int) -> tuple[int, int]:
-    """Return how many descriptors a process may have."""
-    import resource  # noqa: PLC0415 - only here
-
-    return resource.prlimit(pid, resource.RLIMIT_NOFILE)
-
-
-def set_limits(pid: int, soft: int, hard: int) -> None:
-    """Say how many it may have."""
-    import resource  # noqa: PLC0415 - only here
-
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_strange_messages(run: Callable[..., Running]) -> None:
     """Fault 10: no message, READY twice, and READY by a process that the worker has started."""
     running = run()
-    hook = "say('READY=0'); say('nonsense'); say('EXTEND_TIMEOUT_USEC=many'); say('X' * 5000)\nif not os.fork(): say('READY=1\\nREADY=1'); os._exit(0)\nos.wait(); say('STATUS=early')"
+    hook = """
+for text in "READY=0", "nonsense", "EXTEND_TIMEOUT_USEC=many", "X" * 5000:
+    say(text)
+if not os.fork():
+    say("READY=1")
+    say("READY=1")
+    os._exit(0)
+os.wait()
+"""
     running.deploy(app(hook))
 
     assert running.roll()["code"] == 0
@@ -423,7 +428,7 @@ def test_rolls_while_one_is_under_way(run: Callable[..., Running], tmp_path: Pat
 
 @pytest.mark.parametrize("state", ["starting", "serving", "rolling", "soaking", "draining"])
 def test_a_stop_in_each_state(run: Callable[..., Running], state: str) -> None:
-    """Fault 13: SIGTERM ends all at any time, and nobody is left; with 1 only if a drain had to be cut short."""
+    """Fault 13: SIGTERM ends all at any time, and nobody is left; with 1 only if a drain was cut short."""
     running = in_state(run, state)
     pids = running.pids()
 
@@ -484,7 +489,7 @@ def test_a_stop_at_the_very_beginning(run: Callable[..., Running]) -> None:
 
 
 def test_a_hangup_of_the_whole_group(run: Callable[..., Running]) -> None:
-    """Fault 15: SIGHUP and SIGINT to our process group reach the supervisor alone: a roll, then an orderly end."""
+    """Fault 15: what is sent to our process group reaches the supervisor alone: a roll, an orderly end."""
     running = run()
     old, _ = running.get()
     assert os.getpgid(old) == old != os.getpgid(running.daemon.pid)
@@ -577,9 +582,9 @@ def test_how_listeners_are_passed(
 )
 def test_a_bad_environment(env: dict[str, str], text: str) -> None:
     """Fault 35: what cannot be used ends the supervisor with 78, before anything is started."""
-    code = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), **dict([w.split('=', 1) for w in sys.argv[1:]])); os.execv(sys.executable, [sys.executable, '-m', 'sdlisten', 'run', '--', 'true'])"
-    words = [f"{name}={value}" for name, value in {"LISTEN_FDS": "1", **env}.items()]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    script = f"LISTEN_PID=$$ exec {sys.executable} -m sdlisten run -- true"
+    environ = {**os.environ, "LISTEN_FDS": "1", **env}
+    done = subprocess.run(["sh", "-c", script], env=environ, capture_output=True, text=True, check=False)
 
     assert (done.returncode, text in done.stderr) == (78, True), done.stderr
 
@@ -597,7 +602,8 @@ def test_what_a_worker_finds(run: Callable[..., Running]) -> None:
     """Faults 36 and 37: its own variables, its own descriptors, and nothing of ours or of our manager's."""
     hook = """
 import json
-facts = {name: value for name, value in os.environ.items() if name.startswith(("LISTEN", "SDLISTEN", "WATCHDOG", "NOTIFY", "MINE", "FDSTORE"))}
+ours = ("LISTEN", "SDLISTEN", "WATCHDOG", "NOTIFY", "MINE", "FDSTORE")
+facts = {name: value for name, value in os.environ.items() if name.startswith(ours)}
 facts["fds"] = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:7]
 facts["own"] = int(facts.pop("LISTEN_PID")) == os.getpid()
 print(json.dumps(facts), end="|"); sys.stdout.flush()
@@ -662,3 +668,288 @@ def test_a_full_manager(run: Callable[..., Running], rounds: Callable[[int], int
     assert [running.roll()["code"] for _ in range(rounds(20))] == [0] * rounds(20)
     running.settled()
     assert running.get()[1] == rounds(20) + 1
+
+
+def test_words_of_one_worker_stay_here(run: Callable[..., Running]) -> None:
+    """A child's RELOADING and STOPPING are noted, and never forwarded."""
+    running = run(text=app(ready="say('RELOADING=1'); say('STOPPING=1')"))
+    running.until(lambda facts: facts["generations"][0]["workers"][0]["says"] == "STOPPING")
+
+    said = {word for message in running.daemon.messages for word in message}
+    assert said & {"READY", "RELOADING", "STOPPING"} == {"READY"}
+
+
+def test_a_reload_is_told_whatever_becomes_of_it(run: Callable[..., Running]) -> None:
+    """Around each roll stand RELOADING=1, with its time, and READY=1; the status says how it went."""
+    running = run()
+    running.roll()
+    running.deploy(app(BAD["raises"]))
+    running.roll()
+    running.says_status("the roll to generation 3 was refused")
+    messages = running.daemon.messages
+
+    words = [word for message in messages for word in message if word in {"READY", "RELOADING"}]
+    assert words == ["READY", "RELOADING", "READY", "RELOADING", "READY"]
+    assert all("MONOTONIC_USEC" in message for message in messages if "RELOADING" in message)
+    assert "EXTEND_TIMEOUT_USEC" in {word for message in messages for word in message}
+
+
+def test_our_own_watchdog_is_fed(run: Callable[..., Running]) -> None:
+    """With WATCHDOG_USEC the supervisor shows life, also while nothing happens."""
+    running = run(env={"WATCHDOG_USEC": "300000"})
+
+    running.says("WATCHDOG", 3)
+
+
+def test_a_worker_that_hangs_is_replaced(run: Callable[..., Running]) -> None:
+    """A worker that stops sending WATCHDOG=1 is killed and replaced; one may also ask for it."""
+    running = run("--watchdog", "0.5", text=app(ready="say('WATCHDOG=1'); signal.pause()"))
+    (first,) = running.pids()
+    gone(first)
+    running.deploy(app(ready="say('WATCHDOG_USEC=60000000\\nWATCHDOG=1'); say('WATCHDOG=trigger')"))
+
+    running.until(lambda facts: facts["killed"] > 2)
+    assert "no sign of life (WATCHDOG=1)" in running.daemon.output
+
+
+def test_a_worker_that_needs_more_time(run: Callable[..., Running], tmp_path: Path) -> None:
+    """EXTEND_TIMEOUT_USEC prolongs the start."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    running = run("--ready-timeout", "1")
+    wait = f"print('at the gate', flush=True); open({str(gate)!r}).read()"
+    running.deploy(app(f"say('EXTEND_TIMEOUT_USEC=60000000'); {wait}"))
+    running.ask("roll")
+    running.reads("at the gate")
+    started = running.until(lambda facts: facts["phase"] == "rolling")["uptime"]
+    running.until(lambda facts: facts["uptime"] > started + 1)  # the limit without it
+    gate.write_text("")
+
+    assert running.until(lambda facts: facts["rolls"] == 1)["refused"] == 0
+
+
+def test_descriptors_are_kept_over_generations(run: Callable[..., Running]) -> None:
+    """FDSTORE=1 gives a descriptor to all who start later; FDSTOREREMOVE=1 and a hang-up take it away."""
+    show = "print(os.environ['SDLISTEN_GENERATION'], os.environ['LISTEN_FDNAMES'], flush=True)"
+    mine = "a, b = os.pipe(); say('FDSTORE=1\\nFDNAME=mine\\nFDPOLL=0', [a])"
+    running = run(text=app(f"{show}; {mine}; c, d = os.pipe(); say('FDSTORE=1', [c])"))
+    running.reads("1 http")
+    running.until(lambda facts: facts["stored"] == 2)
+    running.deploy(app(f"{show}; say('FDSTOREREMOVE=1\\nFDNAME=mine')"))
+    running.roll()
+    running.reads("2 http:mine:stored")
+    running.until(lambda facts: facts["stored"] == 0)
+    running.deploy(app(show))
+    running.roll()
+
+    running.reads("3 http\n")
+
+
+def test_the_environment_file_is_read_at_each_roll(run: Callable[..., Running], tmp_path: Path) -> None:
+    """A changed file counts from the next roll on; a bad one refuses it."""
+    file = tmp_path / "environment"
+    file.write_text("# a comment\n\nVALUE='one'\n")
+    running = run("--env-file", str(file), text=app("print(os.environ['VALUE'], flush=True)"))
+    running.reads("one")
+    file.write_text("VALUE=two")
+    running.roll()
+    running.reads("two")
+    file.write_text("VALUE")
+
+    answer = running.roll()
+    assert (answer["code"], "'VALUE' is no assignment" in answer["stderr"]) == (3, True)
+
+
+def test_the_pid_file(run: Callable[..., Running], tmp_path: Path) -> None:
+    """It names the supervisor while that runs."""
+    file = tmp_path / "pid"
+    running = run("--pid-file", str(file))
+
+    assert file.read_text() == f"{running.daemon.pid}\n"
+    running.daemon.terminate()
+    assert not file.exists()
+
+
+def test_usr1_writes_the_status(run: Callable[..., Running]) -> None:
+    """SIGUSR1 writes, in lines of ours, what ctl status says."""
+    running = run()
+    os.kill(running.daemon.pid, signal.SIGUSR1)
+
+    running.reads("sdlisten: rolls 0")
+    running.reads(f"sdlisten: listener http {running.word}, 0 of 4096 queued")
+    running.reads("sdlisten:   worker ")
+    running.reads(": at your service")
+
+
+def test_a_program_that_never_notifies(run: Callable[..., Running]) -> None:
+    """With --ready SECONDS it is taken for ready, and a line says loudly that this is a guess."""
+    running = run("--ready", "0.2", text=app().replace('say("READY=1', 'say("X_NOTHING=1'))
+
+    running.reads("a guess")
+    assert running.get()[1] == 1
+
+
+FIRST_FAILURES = [("os._exit(5)", 5), ("os._exit(0)", 1), ("os.kill(os.getpid(), 11)", 139)]
+
+
+@pytest.mark.parametrize(("hook", "code"), FIRST_FAILURES)
+def test_a_first_generation_that_fails(run: Callable[..., Running], hook: str, code: int) -> None:
+    """The supervisor ends with the code of its first generation."""
+    running = run(text=app(hook), ready=False)
+
+    assert running.daemon._child
+    assert running.daemon._child.wait(SECONDS) == code
+
+
+def test_the_stop_delay(run: Callable[..., Running]) -> None:
+    """After the order to stop clients are still served, and the status says so; a second order ends that."""
+    running = run("--stop-delay", "60")
+    running.ask("stop")
+    running.says("STOPPING")
+
+    assert running.get()[1] == 1
+    answer = running.ask("status")
+    assert (answer["code"], answer["status"]["phase"]) == (1, "leaving")
+    uptime = answer["status"]["uptime"]
+    running.until(lambda facts: facts["uptime"] > uptime + 1)  # orders within a second are one
+    assert running.ask("stop", wait=True)["code"] == 0
+
+
+def test_stop_waits(run: Callable[..., Running]) -> None:
+    """A stop that waits is answered when nobody is left; a roll that waits meanwhile is given up."""
+    running = run("--soak", "60")
+    with connected(running.control, {"do": "roll", "wait": True}) as roll:
+        running.until(lambda facts: facts["phase"] == "soaking")
+        assert running.ask("stop", wait=True) == {"code": 0, "text": "stopped"}
+        answer = json.loads(read_all(roll))
+    assert (answer["code"], answer["text"]) == (3, "the roll was given up: told to stop")
+
+
+@contextlib.contextmanager
+def connected(path: str, question: object = None) -> Iterator[socket.socket]:
+    """Connect to a control socket, and ask."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(SECONDS)
+        sock.connect(path)
+        if question is not None:
+            sock.sendall(json.dumps(question).encode() + b"\n")
+        yield sock
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Read to the end."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+BAD_QUESTIONS = [
+    b"nonsense\n",
+    b"[1]\n",
+    b'{"do": "dance"}\n',
+    b'{"do": "roll", "command": "sh"}\n',
+    b"x" * 65537,
+]
+
+
+@pytest.mark.parametrize("question", BAD_QUESTIONS)
+def test_bad_questions(run: Callable[..., Running], question: bytes) -> None:
+    """What is no question is answered with 2, and changes nothing."""
+    running = run()
+    with connected(running.control) as sock:
+        sock.sendall(question)
+        answer = json.loads(read_all(sock))
+
+    assert answer["code"] == 2
+    assert running.status()["rolls"] == 0
+
+
+def test_clients_that_hang(run: Callable[..., Running]) -> None:
+    """Clients that do not ask, or go away, delay nobody and are let go after a while."""
+    running = run("--soak", "0.5")
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connected(running.control)) for _ in range(5)]
+        with connected(running.control, {"do": "roll", "wait": True}):
+            running.until(lambda facts: facts["phase"] == "soaking")
+        running.until(lambda facts: facts["rolls"] == 1)
+        assert running.roll()["code"] == 0
+        assert read_all(silent[0]) == b""
+
+
+def test_too_many_clients(run: Callable[..., Running]) -> None:
+    """More than 32 at a time are turned away."""
+    running = run()
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            stack.enter_context(connected(running.control))
+        assert ctl.ask(running.control, {"do": "status"})["code"] == 5
+
+
+def test_a_slow_reader_of_our_stderr(tmp_path: Path) -> None:
+    """A worker that writes much where nobody reads has to wait; the supervisor answers all the same."""
+    program = tmp_path / "app.py"
+    program.write_text(app(ready="sys.stderr.write('x' * 1_000_000)"))
+    control = str(tmp_path / "control")
+    words = [sys.executable, "-m", "sdlisten", "run", "--control", control, "-l", "127.0.0.1:0", "--"]
+    process = subprocess.Popen([*words, sys.executable, "-I", "-S", str(program)], stderr=subprocess.PIPE)
+    with process:
+        assert process.stderr
+        received = b""
+        while b"x" not in received:
+            received += os.read(process.stderr.fileno(), 65536)
+        assert ctl.ask(control, {"do": "status"})["code"] == 0
+        while received.count(b"x") < 1_000_000:
+            received += os.read(process.stderr.fileno(), 65536)
+        process.terminate()
+        process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_it_binds_for_itself(tmp_path: Path) -> None:
+    """With -l it binds, passes names, and removes a unix path that it made."""
+    path = tmp_path / "socket"
+    file = tmp_path / "app.py"
+    file.write_text(app("print(os.environ['LISTEN_FDNAMES'], flush=True)"))
+    words = [sys.executable, "-m", "sdlisten", "run", "-l", f"http={path}", "-l", "127.0.0.1:0", "--"]
+    with activate([*words, sys.executable, "-I", "-S", str(file)], []) as daemon:
+        daemon.wait_ready(SECONDS)
+        daemon.wait_output("http:unknown")
+        assert path.exists()
+        assert daemon.terminate() == 0
+    assert not path.exists()
+
+
+def test_what_cannot_be_bound(tmp_path: Path) -> None:
+    """A port in use ends it with 1, a word that is no address with 78; what was bound before is closed."""
+    run = [sys.executable, "-m", "sdlisten", "run"]
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        words = [f"-l{tmp_path}/socket", f"-l127.0.0.1:{sock.getsockname()[1]}", "--", "true"]
+        done = subprocess.run([*run, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, "in use" in done.stderr) == (1, True)
+    assert not (tmp_path / "socket").exists()
+    done = subprocess.run([*run, "-lnonsense", "--", "true"], capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+
+
+HEAVY = {
+    "argparse",
+    "asyncio",
+    "concurrent",
+    "ctypes",
+    "dataclasses",
+    "inspect",
+    "logging",
+    "subprocess",
+    "typing",
+}
+
+
+def test_the_image_that_stays_is_small() -> None:
+    """Neither asyncio, nor what only the command line needs, is in its memory."""
+    home = Path(sdlisten.__file__).parent.parent
+    code = (
+        f"import sys; sys.path.append({str(home)!r}); import sdlisten.supervisor.start; print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
+
+    assert HEAVY & set(done.stdout.split()) == set()

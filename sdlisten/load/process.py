@@ -30,8 +30,8 @@ class LoadProcess:
     """A load in a process of its own, running from construction until `stop`: no GIL shared with the server.
 
     Its progress goes to stderr, a line a second, unless it is to be quiet. It ends by itself when the process
-    that started it is gone. As a context manager it kills what is still running. The other arguments are those
-    of `Load`.
+    that started it is gone. As a context manager it kills what is still running. The other arguments are
+    those of `Load`.
 
     Raises:
         OSError: The process cannot be started.
