@@ -273,6 +273,50 @@ def test_hello_rolls_under_load(run: Callable[..., Running], rounds: Callable[[i
     assert (facts["restarts"], facts["killed"]) == (0, 0)
 
 
+HELLO = [sys.executable, "-m", "sdlisten.hello"]
+
+
+def ask(sock: socket.socket, text: bytes = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") -> bytes:
+    """Send a request and read one answer."""
+    sock.sendall(text)
+    return answer(sock)
+
+
+def answer(sock: socket.socket) -> bytes:
+    """Read one answer with its body."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        data = sock.recv(65536)
+        assert data, f"the end of file after {received!r}"
+        received += data
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length:")[2].split()[0])
+    while len(body) < length:
+        body += sock.recv(65536)
+    assert head.startswith(b"HTTP/1.1 200"), head
+    return head + b"\n" + body
+
+
+def test_clients_that_are_slow_during_a_switch(run: Callable[..., Running]) -> None:
+    """Faults 21 to 23: nothing sent yet, half a request, two at once, an idle connection: all answered."""
+    running = run(command=HELLO)
+    with contextlib.ExitStack() as stack:
+        fresh, half, kept, silent = (
+            stack.enter_context(socket.create_connection(running.address, timeout=SECONDS)) for _ in range(4)
+        )
+        half.sendall(b"GET / HT")
+        old = ask(kept).split()[-3:]
+        running.roll()
+        assert b"close" in ask(fresh).lower()
+        assert ask(half, b"TP/1.1\r\nHost: x\r\n\r\n").split()[-3:] == old
+        kept.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        assert answer(kept).split()[-3:] == old
+        # Who says nothing for ever is closed in an orderly way, and holds nobody up.
+        assert silent.recv(1) == b""
+        facts = running.settled()
+    assert (facts["restarts"], facts["killed"]) == (0, 0)
+
+
 def descriptors(pid: int) -> list[str]:
     """Return what a process has open, without the numbers that tell one socket from another."""
     names = os.listdir(f"/proc/{pid}/fd")
@@ -571,6 +615,29 @@ def test_how_listeners_are_passed(
     running.reads(f"blocking {blocking}")
     running.roll()
     running.reads("blocking False")
+
+
+def test_a_worker_that_shuts_the_listener_down(run: Callable[..., Running]) -> None:
+    """Fault 34: shutdown() on a shared TCP socket is mended, and listen(1) is seen in the status."""
+    running = run()
+    running.deploy(app("listener.shutdown(socket.SHUT_RDWR); raise SystemExit"))
+    assert running.roll()["code"] == 3
+    running.reads("a worker has shut down the listener 'http'; it listens again")
+    assert running.get()[1] == 1
+    assert running.status()["listeners"][0]["backlog"] == 4096
+    running.deploy(app("listener.listen(1)"))
+    running.roll()
+    assert running.status()["listeners"][0]["backlog"] == 1
+
+
+def test_a_worker_that_shuts_a_unix_listener_down(run: Callable[..., Running], tmp_path: Path) -> None:
+    """Fault 34: a unix listener stays shut down, and that is said once."""
+    running = run(sockets=[f"http={tmp_path}/socket"])
+    running.deploy(app("listener.shutdown(socket.SHUT_RDWR); raise SystemExit"))
+    running.roll()
+
+    running.reads("a worker has shut down the listener 'http', which cannot be undone")
+    assert running.daemon.output.count("which cannot be undone") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import os
 import random
@@ -127,6 +128,9 @@ class Supervisor:
                 self._nice = 0
             self._loop.watch(signals.fileno(), lambda _events: self._signalled(signals.take()))
             closing.callback(self._loop.forget, signals.fileno())
+            for fd in self.sockets.listening:
+                self._loop.watch(fd, functools.partial(self._shut_down, fd), 0)
+                closing.callback(self._loop.forget, fd)
             self._apply(self.machine.start(time.monotonic()))
             while self._code is None:
                 self._loop.wait(self._next_deadline())
@@ -208,6 +212,17 @@ class Supervisor:
             self._apply(self.machine.alive(worker, now, seconds))
         if fields.get("READY") == "1":
             self._apply(self.machine.ready(worker, now))
+
+    def _shut_down(self, fd: int, _events: int) -> None:
+        """Mend a listener that hangs up: a worker has called shutdown(2) on what all share."""
+        name = dict(self.sockets.descriptors)[fd]
+        try:
+            self.sockets.listen_again(fd)
+        except OSError:
+            self._loop.forget(fd)
+            say(f"a worker has shut down the listener {name!r}, which cannot be undone: start anew")
+        else:
+            say(f"a worker has shut down the listener {name!r}; it listens again")
 
     def _asked(self, question: Mapping[str, object], client: Client) -> None:
         """Take a question at the control socket."""

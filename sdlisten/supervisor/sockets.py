@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import socket
 import stat
 
 from sdlisten.activation import listen_fds
@@ -28,7 +31,7 @@ class Sockets:
         descriptors: In order, each with its name, for `sdlisten.spawn.spawn`; *borrowed*.
     """
 
-    __slots__ = ("_listeners", "_passed", "descriptors")
+    __slots__ = ("_as_it_was", "_listeners", "_passed", "descriptors")
 
     def __init__(self, listeners: Iterable[Listener] = (), passed: Iterable[InheritedFd] = ()) -> None:
         """Take ownership; `obtain` is the way in."""
@@ -38,6 +41,28 @@ class Sockets:
             *((listener.fileno(), listener.name or "unknown") for listener in self._listeners),
             *((inherited.fd, _name_on_the_way(inherited)) for inherited in self._passed),
         ]
+
+        queues = {fd: listen_queue(fd) for fd, _ in self.descriptors}
+        self._as_it_was = {fd: (describe(fd).sockname, queue[1]) for fd, queue in queues.items() if queue}
+
+    @property
+    def listening(self) -> list[int]:
+        """Those that listen, and that can be watched for not doing so any more; *borrowed*."""
+        return list(self._as_it_was)
+
+    def listen_again(self, fd: int) -> None:
+        """Undo the shutdown(2) by some worker, which ends a listener for all who hold it.
+
+        Raises:
+            OSError: It cannot be undone: a unix socket stays shut down.
+        """
+        sockname, backlog = self._as_it_was[fd]
+        with contextlib.closing(socket.socket(fileno=os.dup(fd))) as sock:
+            with contextlib.suppress(OSError):  # EINVAL: it still has its port, unless that was bound as 0
+                sock.bind(sockname)
+            sock.listen(backlog)
+            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or sock.family == socket.AF_UNIX:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     @classmethod
     def obtain(cls, words: Sequence[str]) -> Sockets:
@@ -84,6 +109,7 @@ class Sockets:
         for inherited in passed:
             os.close(inherited.fd)
         self.descriptors = ()
+        self._as_it_was = {}
 
 
 def _name_on_the_way(inherited: InheritedFd) -> str:
