@@ -1,8 +1,7 @@
 """Words in, exit code out: the ``sdlisten`` command.
 
-Exit codes: 0 ok, 1 a check or promise failed, 2 usage, 78 configuration. Commands are imported when they
-    run: a
-supervisor must not carry the demo in its memory.
+Exit codes: 0 ok, 1 a check or promise failed, 2 usage, 3 roll refused, 4 timed out, 5 no supervisor, 78
+configuration. Commands are imported when they run: one must not carry the other in its memory.
 """
 
 from __future__ import annotations

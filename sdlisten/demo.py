@@ -2,7 +2,8 @@
 
 Starts `sdlisten.hello` as a real child: activated by us with two named sockets, activated by
 ``systemd-socket-activate`` where that is installed, and bound by itself. Real requests go to each; what the
-daemon says of its listeners, and what the sockets are like afterwards, is compared with what is promised.
+daemon says of its listeners, and what the sockets are like afterwards, is compared with what is promised. In
+the end ``sdlisten run`` replaces it twenty times, while three kinds of clients count what that costs them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from sdlisten.testing import Activated
 
-__all__ = ("REQUESTS", "run")
+__all__ = ("REQUESTS", "ROLLS", "run")
 
 REQUESTS = 50
 ROLLS = 20

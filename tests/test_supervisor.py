@@ -56,7 +56,7 @@ while True:
         break
     try:
         connection, _ = listener.accept()
-    except BlockingIOError:
+    except OSError:
         continue
     with connection:
         connection.settimeout(10)

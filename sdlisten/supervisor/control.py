@@ -34,6 +34,7 @@ QUESTION_SECONDS = 5.0
 _CLIENTS_MAX = 32
 _TEXT_MAX = LINE_MAX // 16  # characters: JSON writes one in at most 12 bytes
 _UCRED = struct.Struct("iII")  # pid, uid, gid
+_ROOT = 0
 _USAGE = 2
 
 
@@ -108,7 +109,7 @@ class Control:
             return
         sock.setblocking(False)
         _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if uid not in {0, os.geteuid()} or len(self._clients) >= _CLIENTS_MAX:
+        if uid not in {_ROOT, os.geteuid()} or len(self._clients) >= _CLIENTS_MAX:
             sock.close()
             return
         client = Client(sock, time.monotonic() + QUESTION_SECONDS, self._drop)

@@ -17,6 +17,7 @@ from sdlisten.errors import NotActivatedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
     from sdlisten.inherited import InheritedFd
     from sdlisten.listener import Listener
@@ -43,7 +44,9 @@ class Sockets:
         ]
 
         queues = {fd: listen_queue(fd) for fd, _ in self.descriptors}
-        self._as_it_was = {fd: (describe(fd).sockname, queue[1]) for fd, queue in queues.items() if queue}
+        self._as_it_was: dict[int, tuple[Any, int]] = {
+            fd: (describe(fd).sockname, queue[1]) for fd, queue in queues.items() if queue
+        }
 
     @property
     def listening(self) -> list[int]:

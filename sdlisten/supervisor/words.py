@@ -37,7 +37,9 @@ def run_command(words: Sequence[str], *, execv: Callable[[str, list[str]], objec
     """
     words, command = _split(words)
     parser = _run_parser()
-    options = parser.parse_args(words, namespace=Options())
+    options = Options()
+    options.control = os.environ.get("SDLISTEN_CONTROL", "")
+    parser.parse_args(words, namespace=options)
     if not command:
         parser.error("what shall run? Expected -- COMMAND at the end")
     options.command = command
@@ -121,12 +123,7 @@ def _run_parser() -> argparse.ArgumentParser:
         help="both generations accept that long, the new one on trial (0)",
     )
     add("--stop-delay", type=_seconds, metavar="S", help="serve on that long after the order to stop (0)")
-    add(
-        "--control",
-        metavar="PATH",
-        default=os.environ.get("SDLISTEN_CONTROL", ""),
-        help="socket for sdlisten ctl ($SDLISTEN_CONTROL)",
-    )
+    add("--control", metavar="PATH", help="socket for sdlisten ctl ($SDLISTEN_CONTROL)")
     add("--env-file", metavar="F", help="NAME=VALUE lines for the program, read again at each roll")
     add("--pid-file", metavar="F", help="write the pid of the supervisor there")
     add("--nice-start", type=_nice, metavar="N", help="start workers N nicer, until they are ready")
@@ -138,7 +135,6 @@ def _run_parser() -> argparse.ArgumentParser:
         help="kill and replace a worker that stops sending WATCHDOG=1",
     )
     add("--stop-signal", type=_signal, metavar="NAME", help="what tells the program to drain (TERM)")
-    parser.set_defaults(**{name: value for name, value in vars(Options()).items() if name != "control"})
     return parser
 
 
