@@ -23,7 +23,7 @@ import pytest
 
 import sdlisten
 from sdlisten.load import LoadProcess
-from sdlisten.supervisor import ctl
+from sdlisten.supervisor import ctl, nice
 from sdlisten.testing import activate
 
 if TYPE_CHECKING:
@@ -968,6 +968,29 @@ def test_a_slow_reader_of_our_stderr(tmp_path: Path) -> None:
         process.terminate()
         process.stderr.read()
     assert process.returncode == 0
+
+
+@pytest.mark.skipif(not nice.can_return(), reason="needs CAP_SYS_NICE or RLIMIT_NICE to come back")
+def test_a_nice_start(run: Callable[..., Running]) -> None:
+    """Workers start with a lower priority, and serve with ours."""
+    running = run("--nice-start", "7", text=app("print('nice', os.nice(0), flush=True)"))
+
+    running.reads(f"nice {os.nice(0) + 7}")
+    (pid,) = running.pids()
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.nice(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has what can be given up here")
+def test_no_nice_start_without_a_way_back(tmp_path: Path) -> None:
+    """Where the priority could not be given back it is left alone, and a line says so."""
+    program = tmp_path / "app.py"
+    program.write_text(app("print('nice', os.nice(0), flush=True)"))
+    run = [sys.executable, "-m", "sdlisten", "run", "--nice-start", "7", "--"]
+    drop = ["setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice", "--"]
+    with activate([*drop, *run, sys.executable, "-I", "-S", str(program)], ["127.0.0.1:0"]) as daemon:
+        daemon.wait_ready(SECONDS)
+        daemon.wait_output(f"nice {os.nice(0)}")
+        assert "--nice-start is left out" in daemon.output
 
 
 def test_it_binds_for_itself(tmp_path: Path) -> None:

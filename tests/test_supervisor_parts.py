@@ -94,10 +94,25 @@ def test_signals_are_something_to_read() -> None:
 
 
 def test_our_lines_can_be_told(capfd: pytest.CaptureFixture[str]) -> None:
-    """Each line of ours has its mark, whatever is in it."""
+    """Each line of ours has its mark, whatever is in it, and an end."""
     say("one\ntwo \udcff")
 
     assert capfd.readouterr().err == "sdlisten: one\nsdlisten: two \\udcff\n"
+
+
+def test_our_lines_do_not_wait(stderr: tuple[int, int]) -> None:
+    """What there is no room for is lost: the supervisor has to go on."""
+    reader, writer = stderr
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+    say("lost")
+
+    assert b"lost" not in os.read(reader, 2**20)
+    say("x" * 10_000)
+    assert os.read(reader, 2**20) == b"sdlisten: " + b"x" * 1024 + b"\n"
 
 
 def test_the_tail_is_short() -> None:
@@ -330,6 +345,31 @@ def test_clients_of_other_users(asked: Asked, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("sdlisten.supervisor.control._ROOT", -1)
     with asked.connect() as sock:
         assert sock.recv(1) == b""
+
+
+def test_no_descriptor_left_for_a_client(asked: Asked) -> None:
+    """Then nobody is accepted for a second, instead of trying all the time; afterwards whoever waits is."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(asked.path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            asked.loop.wait(math.inf)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        due = asked.control.next_deadline()
+        asked.loop.wait(0)
+        assert due < time.monotonic() + 2
+        asked.control.tick(due)
+        asked.loop.wait(math.inf)
+        assert asked.control.next_deadline() > due + 1
+
+
+def test_a_client_that_left_before(asked: Asked) -> None:
+    """A wake-up for nobody is none."""
+    asked.control._accept(0)
+
+    assert asked.control.next_deadline() == math.inf
 
 
 def test_a_path_that_is_taken(asked: Asked) -> None:

@@ -8,10 +8,12 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import sdlisten
 from sdlisten import cli
 from sdlisten.supervisor import ctl, words
 from sdlisten.supervisor.loop import SIGNALS
@@ -20,7 +22,6 @@ from sdlisten.supervisor.surroundings import EnvFileError, inherited_environ, pa
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +41,14 @@ def image(*given: str) -> list[str]:
     return argv
 
 
+def after(argv: list[str]) -> list[str]:
+    """Return what follows the module."""
+    return argv[argv.index("sdlisten.supervisor") + 1 :]
+
+
 def options(*given: str) -> dict[str, Any]:
     """Return what the supervisor reads of it."""
-    return vars(Options.from_words(image(*given)[3:]))
+    return vars(Options.from_words(after(image(*given))))
 
 
 def test_everything_arrives() -> None:
@@ -76,7 +82,7 @@ def test_defaults() -> None:
     """What is not said is not written, and is as the class has it."""
     argv = image("--ready", "notify", "--", "program")
 
-    assert argv[3:] == ["--", "program"]
+    assert after(argv) == ["--", "program"]
     assert options("--", "program") == {**vars(Options()), "command": ["program"]}
     assert Options().guess == math.inf
 
@@ -97,14 +103,21 @@ def test_signals_wait_for_the_image_that_stays() -> None:
 
 
 def test_an_isolated_interpreter_stays_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image that stays looks for modules where the first one does."""
-    assert image("--", "program")[1] == "-P"
+    """The image that stays looks for modules where the first one does, never where it happens to be."""
 
     class Flags:
         isolated = 1
+        safe_path = False
 
-    monkeypatch.setattr(sys, "flags", Flags)
-    assert image("--", "program")[1] == "-I"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "flags", Flags)
+        assert image("--", "program")[1] == "-I"
+        Flags.isolated = 0
+        patch.setattr(sys, "path", ["/usr/bin", *sys.path])
+        assert image("--", "program")[1] == "-P"
+        patch.chdir(Path(sdlisten.__file__).parent.parent)
+        patch.setattr(sys, "path", ["", *sys.path])
+        assert image("--", "program")[1] == "-m"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ _TEXT_MAX = LINE_MAX // 16  # characters: JSON writes one in at most 12 bytes
 _UCRED = struct.Struct("iII")  # pid, uid, gid
 _ROOT = 0
 _USAGE = 2
+_PAUSE = 1.0  # seconds
 
 
 class Client:
@@ -84,16 +85,20 @@ class Control:
         self._loop = loop
         self._ask = ask
         self._clients: dict[Client, None] = {}
+        self._resume_at = math.inf
         loop.watch(self._listener.fileno(), self._accept)
 
     def tick(self, now: float) -> None:
-        """Let go who takes too long to ask."""
+        """Let go who takes too long to ask, and accept again after a pause."""
+        if self._resume_at <= now:
+            self._resume_at = math.inf
+            self._loop.watch(self._listener.fileno(), self._accept)
         for client in [client for client in self._clients if client.deadline <= now]:
             self._drop(client)
 
     def next_deadline(self) -> float:
         """Return when `tick` has something to do."""
-        return min((client.deadline for client in self._clients), default=math.inf)
+        return min((self._resume_at, *(client.deadline for client in self._clients)))
 
     def close(self) -> None:
         """Let all go and remove the socket; harmless twice."""
@@ -105,7 +110,11 @@ class Control:
     def _accept(self, _events: int) -> None:
         try:
             sock, _ = self._listener.socket.accept()
-        except OSError:  # it went away, or no descriptor is left; the next one may fare better
+        except BlockingIOError:  # it went away
+            return
+        except OSError:  # no descriptor is left, and poll(2) would say at once that somebody waits
+            self._loop.forget(self._listener.fileno())
+            self._resume_at = time.monotonic() + _PAUSE
             return
         sock.setblocking(False)
         _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -119,9 +128,7 @@ class Control:
     def _read(self, client: Client) -> None:
         try:
             data = client.sock.recv(LINE_MAX)
-        except BlockingIOError:
-            return
-        except OSError:
+        except OSError:  # a reset: it has gone away with an answer of ours unread
             data = b""
         client.question += data
         line, end, _ = client.question.partition(b"\n")

@@ -20,10 +20,12 @@ _STDERR = 2
 
 
 def say(text: str) -> None:
-    """Write lines of our own to stderr, each recognisable as one."""
-    lines = "".join(f"sdlisten: {line}\n" for line in text.splitlines())
-    with contextlib.suppress(OSError):  # nobody reads: no reason to stop serving
-        os.write(_STDERR, lines.encode(errors="backslashreplace"))
+    """Write lines of our own to stderr, recognisable as such; what there is no room for is lost."""
+    for line in text.splitlines():
+        data = f"sdlisten: {line[: _BLOCK // 4]}\n".encode(errors="backslashreplace")
+        if _has_room():
+            with contextlib.suppress(OSError):  # nobody reads: no reason to stop serving
+                os.write(_STDERR, data[:_BLOCK])
 
 
 class Tail:
@@ -64,12 +66,6 @@ class Output:
         relay = Relay(self._loop, self, tail)
         self._relays[relay] = None
         return relay
-
-    def has_room(self) -> bool:
-        """Return whether a block can be written without waiting. If nobody reads, it can: it is lost."""
-        poll = select.poll()
-        poll.register(_STDERR, select.POLLOUT)
-        return bool(poll.poll(0))
 
     def wait_for_room(self, relay: Relay) -> None:
         """Let a worker wait until there is room."""
@@ -127,7 +123,7 @@ class Relay:
         """Pass a block on; returns whether there was one, and room for it."""
         if self._reader < 0:
             return False
-        if not self._output.has_room():
+        if not _has_room():
             self._loop.forget(self._reader)
             self._output.wait_for_room(self)
             return False
@@ -151,3 +147,10 @@ class Relay:
             self._output.remove(self)
             self._loop.forget(reader)
             os.close(reader)
+
+
+def _has_room() -> bool:
+    """Return whether a block can be written without waiting. If nobody reads, it can: it is lost."""
+    poll = select.poll()
+    poll.register(_STDERR, select.POLLOUT)
+    return bool(poll.poll(0))

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import math
 import os
-import random
 import signal
 import time
 
@@ -86,7 +85,7 @@ class Supervisor:
             watchdog=self._watchdog,
             guess=options.guess,
         )
-        self.machine = Rollover(options.command, workers=options.workers, limits=limits, chance=random.random)
+        self.machine = Rollover(options.command, workers=options.workers, limits=limits, chance=_chance)
         self._environ = surroundings.inherited_environ(os.environ)
         self._upstream = Upstream(notifier, watchdog)
         self._loop = Loop()
@@ -370,6 +369,11 @@ def _number(fields: Mapping[str, str], name: str) -> int | None:
         return int(value_of(name, fields[name]))
     except (KeyError, MessageError):
         return None
+
+
+def _chance() -> float:
+    # The random module would cost 1 MiB, and this is asked for after crashes only.
+    return os.urandom(1)[0] / 255
 
 
 def _is_command(words: object) -> TypeGuard[list[str]]:

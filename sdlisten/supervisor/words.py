@@ -45,10 +45,7 @@ def run_command(words: Sequence[str], *, execv: Callable[[str, list[str]], objec
     options.command = command
     # Until it has its handlers, an order waits: the mask outlives exec, and so does what is pending.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    image = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
-    # -P: the directory of that file is no place to import from.
-    flags = ["-I"] if sys.flags.isolated else ["-P"]
-    execv(sys.executable, [sys.executable, *flags, image, *options.to_words()])
+    execv(sys.executable, [sys.executable, *_flags(), "-m", "sdlisten.supervisor", *options.to_words()])
     return 0
 
 
@@ -80,6 +77,17 @@ def ctl_command(words: Sequence[str]) -> int:
     code = answer["code"]
     assert isinstance(code, int)  # noqa: S101 - `ask` has looked
     return code
+
+
+def _flags() -> list[str]:
+    """Let the image that stays look for modules where this one has found them."""
+    if sys.flags.isolated:
+        return ["-I"]
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    # -m puts the current directory first. That is right only for `python -m sdlisten` in a checkout: elsewhere
+    # a socket.py that lies about would be imported.
+    in_checkout = not sys.flags.safe_path and os.path.realpath(sys.path[0] or ".") == home == os.getcwd()
+    return [] if in_checkout else ["-P"]
 
 
 def _show(answer: ctl.Answer) -> None:
