@@ -45,7 +45,8 @@ nitpick_ignore_regex = [
     (r"py:class", r".*"),  # annotations: much of what they name is not documented here
     (r"py:.*", rf"({'|'.join(dir(builtins))})(\..*)?"),
     (r"py:.*", r"(asyncio|os|socket|ssl)\..*"),
-    (r"py:obj", r"[A-Z]+_ERRNOS|read_state|sdlisten\.(message|service)"),  # of modules, not public
+    (r"py:obj", r"[A-Z]+_ERRNOS|sdlisten\.(message|service)"),  # of modules, not public
+    (r"py:obj", r"[a-z_]+"),  # arguments
 ]
 
 HIDDEN_COLON = "\ufdd0"  # a code point that no text has

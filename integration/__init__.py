@@ -5,7 +5,8 @@ How the parts stand to each other, lowest first; the fixtures that tests use are
 - `integration.engine`: a docker engine, started when none answers and stopped with its last user.
 - `integration.images`: bootable Debian images and, on top of them, the wheel of this checkout.
 - `integration.session`: which containers are whose, and how those of dead sessions go away.
-- `integration.machine`: one container as an object: `Machine` boots systemd, `Plain` runs one program.
+- `integration.container` and `integration.machine`: one container as an object. `Plain` runs one program,
+  `Machine` boots systemd.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def pytest_runtest_makereport(
     report = yield
     if NO_SKIP and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} is skipped, which SDLISTEN_NO_SKIP=1 forbids: {call.excinfo.value}"
+        reason = call.excinfo.value if call.excinfo else report.longrepr
+        report.longrepr = f"{item.nodeid} is skipped, which SDLISTEN_NO_SKIP=1 forbids: {reason}"
     return report
 
 

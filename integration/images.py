@@ -84,16 +84,19 @@ class Release:
 RELEASES = (Release("bookworm", 252, "3.11"), Release("trixie", 257, "3.13"), Release("sid", 262, "3.14"))
 
 # mount and passwd by name: sid has neither unless asked. libpam-systemd, dbus-user-session: `systemd --user`.
+# openssl, strace: for the tests of tests/, see `suite_image`.
 PACKAGES = (
     "dbus",
     "dbus-user-session",
     "iproute2",
     "libpam-systemd",
     "mount",
+    "openssl",
     "passwd",
     "procps",
     "python3",
     "python3-systemd",
+    "strace",
     "systemd",
     "systemd-sysv",
     "tini",
@@ -311,7 +314,7 @@ def _bootstrap(client: docker.DockerClient, tag: str, release: Release) -> None:
     """Put an image together from Debian's packages."""
     with _one_at_a_time:
         install(["mmdebstrap"])
-    # timeout(1) hands a signal on to all of mmdebstrap's processes, which are a group of their own. It gets one
+    # timeout(1) hands a signal on to all of mmdebstrap's processes, a group of their own. It gets one
     # from abandon(), or from the kernel if we are killed.
     limits = ["setpriv", "--pdeathsig", "INT", "timeout", "--signal=INT", str(BOOTSTRAP_SECONDS)]
     command = [*limits, "mmdebstrap", *BOOTSTRAP, release.suite, "-"]

@@ -33,13 +33,14 @@ import select
 import socket
 import sys
 import time
+import warnings
 import weakref
 from types import MappingProxyType
 from typing import cast
 
 from sdlisten.descriptor import Kind, describe
 from sdlisten.errors import DescriptorError
-from sdlisten.listener import Listener, Origin, SharedSocket
+from sdlisten.listener import SHUT_DOWN, Listener, Origin, SharedSocket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,8 +99,6 @@ _REPORT_INTERVAL = 10.0  # seconds between two log lines about resting
 # Errors of connections in a row. More is no row of unlucky clients: a seccomp filter answers accept4() with
 # EPERM (systemd's SystemCallFilter=) and leaves the connection in the queue.
 _MOST_PASSED_OVER = 100
-
-_SHUT_DOWN = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # the latter is Linux's
 
 _attached: weakref.WeakValueDictionary[tuple[int, int], AcceptHandle] = weakref.WeakValueDictionary()
 
@@ -195,7 +194,7 @@ class AcceptHandle:
         # TCP_NODELAY only on a socket that says IPPROTO_TCP.
         self._family, self._type, self._proto = found.family, found.type, found.proto
         self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN | _SHUT_DOWN)
+        self._poll.register(self._fd, select.POLLIN | SHUT_DOWN)
         self._reading = self._paused = self._removed = False
         self._failures = 0  # in a row
         self._rest = 0.0
@@ -305,7 +304,7 @@ class AcceptHandle:
         # Another holder of the listener was faster. Or it does not listen any more: after a shutdown() a
         # non-blocking accept4() on a unix socket says EAGAIN for ever, and the loop that it is readable.
         # (unix_accept() in Linux's af_unix.c: the wait that would find out, EINVAL, is skipped.)
-        if any(events & _SHUT_DOWN for _, events in self._poll.poll(0)):
+        if any(events & SHUT_DOWN for _, events in self._poll.poll(0)):
             self._detach(OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
 
     def _failed(self, error: OSError) -> None:
@@ -362,10 +361,8 @@ def _event_loop(io_loop: object) -> asyncio.AbstractEventLoop:
     return found
 
 
-# Who has a loop has imported its module: we import none for those who have not.
-
-
 def _running_loop() -> object:
+    # Who has a loop has imported its module: we import none for those who have not.
     if "asyncio" in sys.modules:
         with contextlib.suppress(RuntimeError):
             return sys.modules["asyncio"].get_running_loop()
@@ -373,12 +370,14 @@ def _running_loop() -> object:
 
 
 def _tornados_loop() -> object:
-    # Where there is none, IOLoop.current() has asyncio make a loop (up to Python 3.13) that nobody would run
-    # or close: it is asked only if Tornado knows one.
+    # Where there is none, IOLoop.current() has asyncio make one, up to Python 3.13, that nobody would run or
+    # close. 3.12 and 3.13 warn before they do: as an error, the warning is the answer.
     tornado = sys.modules.get("tornado.ioloop")
-    if tornado is None or not getattr(tornado.IOLoop, "_ioloop_for_asyncio", True):
-        return None
-    return tornado.IOLoop.current(instance=False)
+    if tornado is not None:
+        with warnings.catch_warnings(), contextlib.suppress(DeprecationWarning):
+            warnings.simplefilter("error", DeprecationWarning)
+            return tornado.IOLoop.current(instance=False)
+    return None
 
 
 _HAS_PRIVATE_ACCEPT = hasattr(socket.socket, "_accept")

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from sdlisten.descriptor import Descriptor
     from sdlisten.environment import ListenEnvironment
+    from sdlisten.state import State
 
-
-__all__ = ("Activation", "listen_fds", "lock", "process_activation")
+__all__ = ("Activation", "close_untaken_stored", "listen_fds", "lock", "process_activation")
 
 lock = threading.RLock()
 """Held while deciding what to take. Read it from the module: a forked child gets a new one."""
@@ -187,6 +187,30 @@ class Activation:
         self._take(chosen, by=f"take_fds({name!r})")
         return tuple(inherited.fd for inherited in chosen)
 
+    def take_state(self, name: str, *, limit: int | None = None) -> State | None:
+        """Take the bytes that an earlier start of the program stored with ``Notifier.store_state``.
+
+        The manager keeps its own copy until the name is stored again or removed: a program that dies early
+        finds the state once more.
+
+        Args:
+            name: As it was given to ``store_state``.
+            limit: How many bytes are accepted; STATE_MAX (16 MiB) if None.
+
+        Returns:
+            The state, the latest if there are several; None if there is none.
+
+        Raises:
+            AlreadyTakenError: Somebody took it before.
+            DescriptorError: One has the name but is no state, or somebody closed it.
+        """
+        from sdlisten import state  # noqa: PLC0415 - few programs keep one
+
+        stored_name = state.STATE_PREFIX + name
+        chosen = [inherited for inherited in self.descriptors if inherited.stored_name == stored_name]
+        self._take(chosen, by=f"take_state({name!r})")
+        return state.take_state(name, chosen, limit=state.STATE_MAX if limit is None else limit)
+
     def take_remaining(self, *, by: str) -> tuple[InheritedFd, ...]:
         """Take all that nobody has taken yet.
 
@@ -215,6 +239,19 @@ class Activation:
         """
         for inherited in self.take_remaining(by="close_remaining()"):
             os.close(inherited.fd)
+
+    def close_untaken_stored(self) -> list[str]:
+        """Do what the function of this name does."""
+        stored = [inherited for inherited in self.descriptors if inherited.stored_name]
+        names = dict.fromkeys(inherited.stored_name for inherited in stored)
+        for inherited in stored:
+            try:
+                self._take([inherited], by="close_untaken_stored()")
+            except (AlreadyTakenError, DescriptorError):  # or somebody has closed it, who had no use for it
+                names.pop(inherited.stored_name, None)
+            else:
+                os.close(inherited.fd)
+        return list(names)
 
     def adopt(self, chosen: Sequence[InheritedFd], *, by: str) -> Listeners:
         """Take chosen listeners, all or none.
@@ -303,6 +340,20 @@ def listen_fds() -> tuple[InheritedFd, ...]:
     """
     with lock:
         return process_activation().take_remaining(by="listen_fds()")
+
+
+def close_untaken_stored() -> tuple[str, ...]:
+    """Close what the manager's fd store passed under sdlisten's own names and nobody has taken.
+
+    Nothing happens in a forked child, or if nobody has claimed what was passed to this process.
+
+    Returns:
+        The names to remove from the store: those of which nobody took or closed anything.
+    """
+    with lock:
+        if _process is None or _process.forked:
+            return ()
+        return tuple(_process.close_untaken_stored())
 
 
 def _read(environ: Mapping[str, str], pid: int) -> ListenEnvironment:

@@ -64,7 +64,7 @@ class ListenEnvironmentError(ActivationError):
         value: What was found there, or None if it is missing.
     """
 
-    def __init__(self, text: str, *, variable: str, value: str | None = None) -> None:
+    def __init__(self, text: str, *, variable: str = "", value: str | None = None) -> None:
         super().__init__(text)
         self.variable = variable
         self.value = value
@@ -77,7 +77,7 @@ class DescriptorError(ActivationError):
         fd: The number of the descriptor.
     """
 
-    def __init__(self, text: str, *, fd: int) -> None:
+    def __init__(self, text: str, *, fd: int = -1) -> None:
         super().__init__(text)
         self.fd = fd
 
@@ -127,6 +127,6 @@ class StoreRefusedError(NotifyError):
         kept: How many descriptors it keeps: the first ones of those given. It closed the others.
     """
 
-    def __init__(self, text: str, *, kept: int) -> None:
+    def __init__(self, text: str, *, kept: int = 0) -> None:
         super().__init__(text)
         self.kept = kept

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Request", "RequestError", "main", "parse_request", "serve_http")
 
+_DEFAULT = "http=127.0.0.1:8080"
 _HEAD_LIMIT = 8192  # bytes
 _HEAD_TIMEOUT = 10.0  # seconds from the first byte of a request to the end of its head
 _LINGER = 2.0  # seconds for a client that sends a body nobody reads
@@ -155,7 +156,7 @@ def _take(words: list[str]) -> Listeners | socket.socket:
     except NotActivatedError:
         if words or os.environ.get("SDLISTEN_REQUIRE") == "1":
             raise
-        return take_sockets(["http=127.0.0.1:8080"])
+        return take_sockets([_DEFAULT])
 
 
 def main() -> int:

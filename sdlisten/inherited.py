@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 
+from sdlisten.descriptor import Kind
 from sdlisten.errors import DescriptorError
-from sdlisten.listener import Listener, Origin
+from sdlisten.listener import Listener, Origin, SharedSocket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ class InheritedFd:
         kind: What the kernel says it is.
         type: SO_TYPE as an int; -1 if it is no socket.
         stored: Whether it comes from the manager's fd store and not from a ``.socket`` unit.
+        stored_name: What the fd store calls it, if one of sdlisten's own names; else "".
         address: The listening address, or None if it has none that can be written as a word.
         taken_by: Who took it, in words; None while it can be taken.
     """
 
-    __slots__ = ("_found", "address", "fd", "kind", "name", "stored", "taken_by", "type")
+    __slots__ = ("_found", "address", "fd", "kind", "name", "stored", "stored_name", "taken_by", "type")
 
     def __init__(self, found: Descriptor, name: str) -> None:
         self._found = found
@@ -48,6 +50,7 @@ class InheritedFd:
         self.type = found.type
         self.address: Address | None = found.address
         self.stored = name == _STORED_DEFAULT or name.startswith(_STORED_PREFIX)
+        self.stored_name = name if name.startswith(_STORED_PREFIX) else ""
         self.name = name.removeprefix(_STORED_FD_PREFIX)
         self.taken_by: str | None = None
 
@@ -80,12 +83,16 @@ class InheritedFd:
         raise DescriptorError(text, fd=self.fd)
 
     def to_socket(self) -> socket.socket:
-        """Wrap the descriptor in a socket that owns it; nothing changes in the kernel."""
+        """Wrap the descriptor in a socket that owns it; nothing changes in the kernel.
+
+        A listener becomes a `SharedSocket`: the manager holds it too.
+        """
         found = self._found
         blocking = os.get_blocking(self.fd)
         # The object does not learn O_NONBLOCK from the descriptor. SOCK_NONBLOCK tells it, and keeps its
         # constructor from setting the flag, which other holders share, after socket.setdefaulttimeout().
-        sock = socket.socket(found.family, found.type | socket.SOCK_NONBLOCK, found.proto, fileno=self.fd)
+        kind = SharedSocket if found.kind is Kind.LISTENER else socket.socket
+        sock = kind(found.family, found.type | socket.SOCK_NONBLOCK, found.proto, self.fd)
         if blocking:
             sock.setblocking(True)  # tells the object: the descriptor does block
         return sock

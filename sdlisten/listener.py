@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
-__all__ = ("Listener", "Listeners", "Origin", "SharedSocket")
+__all__ = ("SHUT_DOWN", "Listener", "Listeners", "Origin", "SharedSocket")
+
+SHUT_DOWN = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # the latter is Linux's
+"""What poll(2) reports of a listener that some holder has shut down."""
 
 _Socket = socket.socket  # Listener.socket hides the module in its class
 
@@ -156,16 +159,17 @@ class Listener:
 
         Raises:
             TimeoutError: Nobody connected in time.
-            OSError: As accept(2).
+            OSError: As accept(2); EINVAL once some holder has called shutdown() on it.
             ValueError: The listener is closed.
         """
         sock = self.socket
         poller = select.poll()
-        poller.register(sock, select.POLLIN)
+        poller.register(sock, select.POLLIN | SHUT_DOWN)
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if end is None else max(0.0, end - time.monotonic()) * 1000
-            if not poller.poll(left):
+            ready = poller.poll(left)
+            if not ready:
                 text = f"nobody connected to {self.address} within {timeout} s"
                 raise TimeoutError(text)
             # Another holder may have cleared the flag that we share; a connection that somebody else has
@@ -174,7 +178,10 @@ class Listener:
             try:
                 return sock.accept()
             except BlockingIOError:
-                continue
+                # Somebody else has taken it; or a unix listener was shut down, where accept4(2) says EAGAIN.
+                if any(events & SHUT_DOWN for _, events in ready):
+                    text = f"{self.address} does not listen any more: some holder called shutdown() on it"
+                    raise OSError(errno.EINVAL, text) from None
 
     def share(self) -> SharedSocket:
         """Return a duplicate for a server that wants a socket of its own; the caller owns it.

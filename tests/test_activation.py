@@ -20,7 +20,7 @@ import pytest
 
 import sdlisten
 from sdlisten import activation
-from sdlisten.activation import Activation, listen_fds, process_activation
+from sdlisten.activation import Activation, close_untaken_stored, listen_fds, process_activation
 from sdlisten.adopt_or_bind import Adopt, listen
 from sdlisten.environment import VARIABLES
 from sdlisten.errors import (
@@ -32,6 +32,7 @@ from sdlisten.errors import (
 )
 from sdlisten.exec_shim import pidfdid
 from sdlisten.listener import Origin
+from sdlisten.state import write_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -324,6 +325,49 @@ class TestTake:
                 (6, Origin.ADOPTED),
             ]
         assert found.take_fds("sdlisten.c.0") == (5,)
+
+    def test_state(self, passing: Passing, tcp: socket.socket) -> None:
+        """take_state() gives the latest bytes of a name, once, or None; the other descriptors stay."""
+        fds = [write_state(data, version=2) for data in (b"old", b"new")]
+        with contextlib.ExitStack() as stack:
+            for fd in fds:
+                stack.callback(os.close, fd)
+            passing(tcp, *fds, names="web:sdlisten.s.count:sdlisten.s.count")
+        found = Activation.current()
+
+        state = found.take_state("count")
+        assert state is not None
+        assert (state.data, state.version) == (b"new", 2)
+        assert found.take_state("other") is None
+        assert [one.name for one in found.remaining] == ["web"]
+        with pytest.raises(AlreadyTakenError, match=r"was taken before, by take_state\('count'\)"):
+            found.take_state("count")
+
+    def test_untaken_stored(self, passing: Passing, tcp: socket.socket) -> None:
+        """What nobody took of sdlisten's stored names is closed and named once; all else stays open."""
+        assert close_untaken_stored() == ()
+        names = "sdlisten.f.a:sdlisten.c.0:sdlisten.c.0:web:stored:sdlisten.s.b"
+        passing(tcp, tcp, tcp, tcp, tcp, tcp, names=names)
+        assert close_untaken_stored() == ()  # nobody has claimed them
+        Activation.current().take_fds("a")
+
+        assert in_child(close_untaken_stored) == []
+        assert close_untaken_stored() == ("sdlisten.c.0", "sdlisten.s.b")
+        assert close_untaken_stored() == ()
+        assert [one.name for one in Activation.current().remaining] == ["web", "stored"]
+        for fd, is_open in {3: True, 4: False, 5: False, 6: True, 7: True, 8: False}.items():
+            assert os.path.exists(f"/proc/self/fd/{fd}") is is_open
+
+    def test_untaken_stored_of_a_name_in_use(self, passing: Passing, tcp: socket.socket) -> None:
+        """A name of which somebody took or closed one is not removed: that would remove all of them."""
+        passing(tcp, tcp, tcp, names="sdlisten.f.a:sdlisten.f.a:sdlisten.f.b")
+        found = Activation.current()
+        listeners = found.adopt(found.remaining[:1], by="a test")
+        os.close(5)
+
+        assert close_untaken_stored() == ()
+        assert [os.path.exists(f"/proc/self/fd/{fd}") for fd in (3, 4, 5)] == [True, False, False]
+        listeners.close()
 
     def test_all_the_rest(self, passing: Passing, tcp: socket.socket, udp: socket.socket) -> None:
         """listen_fds() takes what is left, of any kind; a second call finds nothing left."""

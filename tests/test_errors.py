@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING
 
 import pytest
@@ -102,3 +103,14 @@ def test_notify_errors_are_no_activation_errors() -> None:
     """A program may take a manager that does not listen lightly, and wrong descriptors not."""
     assert not issubclass(NotifyError, ActivationError)
     assert not issubclass(ActivationError, NotifyError)
+
+
+@pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
+def test_errors_cross_processes(kind: type[SdlistenError]) -> None:
+    """Every error survives pickling with its text and its attributes, as a process pool needs it."""
+    error = kind("what happened")
+    error.fd = 7  # type: ignore[attr-defined]
+
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+
+    assert (type(copy), str(copy), copy.__dict__) == (kind, "what happened", error.__dict__)

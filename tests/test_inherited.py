@@ -42,6 +42,7 @@ def test_stored_names(tcp: socket.socket, given: str, name: str, *, stored: bool
     found = inherited(tcp, given)
 
     assert (found.name, found.stored) == (name, stored)
+    assert found.stored_name == (given if given.startswith("sdlisten.") else "")
 
 
 @pytest.mark.parametrize(

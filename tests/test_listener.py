@@ -671,3 +671,16 @@ def test_servers_leave_the_backlog(listener: Listener, serve: Callable[[Listener
     assert b"nodelay=1" in answer
     assert (listener.backlog, backlog_by_ss(port)) == (77, 77)
     assert os.get_blocking(listener.fileno()) is False
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_accept_after_a_shutdown(kind: str, request: pytest.FixtureRequest) -> None:
+    """A listener that another holder has shut down makes accept() fail, and not spin until the deadline."""
+    sock = request.getfixturevalue(kind)
+    with Listener(sock.dup(), name="x", origin=Origin.ADOPTED) as listener:
+        sock.shutdown(socket.SHUT_RDWR)
+
+        with pytest.raises(OSError, match=r"listen any more|Invalid argument") as caught:
+            listener.accept(timeout=5)
+
+        assert caught.value.errno == errno.EINVAL

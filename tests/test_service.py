@@ -978,7 +978,7 @@ def test_attaching_after_the_start_is_an_error(run: Run) -> None:
     run(test())
 
 
-def test_a_listener_that_does_not_listen(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_listener_that_does_not_listen(run: Run) -> None:
     """If a listener cannot be armed, serve() raises, by whomever it was started, and all is closed."""
 
     async def test() -> None:
@@ -995,7 +995,6 @@ def test_a_listener_that_does_not_listen(run: Run, caplog: pytest.LogCaptureFixt
             assert good[0].fileno() == -1
 
     run(test())
-    assert "the service cannot start" in caplog.text
 
 
 def test_a_cancelled_service_closes_everything(run: Run) -> None:

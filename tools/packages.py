@@ -26,6 +26,8 @@ _PROGRAMS = {
     "gcc": "gcc",  # compiles systemd-python
     "pkg-config": "pkg-config",  # tells it where libsystemd is
     "strace": "strace",  # counts system calls
+    "openssl": "openssl",  # makes certificates for the tests of TLS
+    "curl": "curl",  # the client in the documentation
     "ss": "iproute2",  # reads backlogs from outside
     "systemd-socket-activate": "systemd",  # the manager's side, without a manager
 }

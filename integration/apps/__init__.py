@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from integration.machine import Machine
 
-__all__ = ("ask", "command", "facts", "get", "install", "restart")
+__all__ = ("ask", "command", "facts", "get", "get_inside", "install", "pid_of", "restart")
 
 DIRECTORY = "/opt/apps"
 
@@ -27,12 +27,12 @@ def command(program: str, *words: str) -> list[str]:
     return ["/usr/bin/python3", f"{DIRECTORY}/{program}.py", *words]
 
 
-def ask(machine: Machine, *words: str, user: str = "root") -> Mapping[str, Any]:
+def ask(machine: Machine, *words: str) -> Mapping[str, Any]:
     """Connect to all these addresses of a machine, and return what its daemons say: see ask.py, probe.py.
 
     What is no JSON, an error for one, comes back as it is.
     """
-    answers = json.loads(machine.sh(command("ask", *words), user=user, timeout=60))
+    answers = json.loads(machine.sh(command("ask", *words), timeout=60))
     return {word: _read(answer) for word, answer in answers.items()}
 
 
@@ -46,6 +46,16 @@ def get(machine: Machine, port: int = 8080) -> int:
     with machine.connect(port) as sock:
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         return pid_of(b"".join(iter(lambda: sock.recv(65536), b"")))
+
+
+def get_inside(machine: Machine, address: str, *, user: str = "root") -> int:
+    """Send a request from inside the machine to a hello daemon, and return the pid that answers.
+
+    Raises:
+        AssertionError: It is no good answer; says which, or the error.
+    """
+    answers = json.loads(machine.sh(command("ask", "--http", address), user=user, timeout=60))
+    return pid_of(answers[address].encode())
 
 
 def pid_of(answer: bytes) -> int:

@@ -1,7 +1,7 @@
 """Connect to all that the arguments name, then read what each says: one JSON object, of argument to text.
 
 ``ask.py 127.0.0.1:80 [::1]:80 /path @abstract seqpacket:/path``; an error is an answer, too. Before that, it
-sends a word to each ``datagram:127.0.0.1:53`` and ``fifo:/path``.
+sends a word to each ``datagram:127.0.0.1:53`` and ``fifo:/path``. ``--http`` in front: it sends a request.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def read(sock: socket.socket) -> str:
 
 def main() -> None:
     """Send, connect, read."""
-    words = sys.argv[1:]
+    http = sys.argv[1:2] == ["--http"]
+    words = sys.argv[1 + http :]
     told = [word for word in words if word.startswith(("fifo:", "datagram:"))]
     for word in told:
         send(word)
@@ -54,6 +55,7 @@ def main() -> None:
         if word not in told:
             try:
                 sockets[word] = connect(word)
+                sockets[word].sendall(b"GET / HTTP/1.0\r\n\r\n" if http else b"")
             except OSError as error:
                 answers[word] = repr(error)
     for word, sock in sockets.items():

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import select
 from collections import deque
 
-from sdlisten.accepting import add_accept_handler
-from sdlisten.listener import Listener, Origin
+from sdlisten.listener import Listener
 from sdlisten.notifier import Notifier, watchdog_timeout
 from sdlisten.service.drain import drain
+from sdlisten.service.endpoints import Endpoint, Endpoints
 from sdlisten.service.protocol import ProtocolConnection
 from sdlisten.service.report import Counters, DrainReport, Outcome
 from sdlisten.service.rules import Rules
 from sdlisten.service.served import ServedConnection
 from sdlisten.service.table import Table
-from sdlisten.service.upkeep import Reloads, Watchdog
+from sdlisten.service.upkeep import Reloads, Watchdog, forget_untaken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from ssl import SSLContext
     from typing import Any
 
-    from sdlisten.accepting import AcceptHandle
     from sdlisten.service.connection import Connection
     from sdlisten.service.upkeep import Health, OnReload
 
@@ -39,6 +37,9 @@ class Service:
     """A daemon on asyncio (or uvloop): accepts, tells the manager, reloads, drains, ends.
 
     It lives once: `start`, `stop`, and it is over. `sdlisten.serve` makes one, with signal handlers.
+
+    What an earlier program stored with the manager (`Notifier.store`, `Notifier.store_state`) and nobody has
+    taken when the service is ready is closed, and removed from the manager's store.
 
     Args:
         drain_timeout: Seconds from the order to stop until what is left is dropped. Keep it below the
@@ -91,7 +92,7 @@ class Service:
         self._notifier = Notifier.from_environ() if notifier is None else notifier
         self._watchdog = Watchdog(self._notifier, watchdog_timeout(), health)
         self._reloads = Reloads(self._notifier, on_reload)
-        self._endpoints: list[_Endpoint] = []
+        self._endpoints = Endpoints()
         self._passed: _Passed | None = None
         self._orders: deque[str] = deque()
         self._loop = _loop_of_this_thread()
@@ -111,7 +112,7 @@ class Service:
             accepted=self._table.accepted,
             active=len(self._table),
             errors=self._table.errors,
-            queued=sum(one.listener.queued or 0 for one in self._endpoints if one.listener.fileno() >= 0),
+            queued=self._endpoints.queued,
             **{outcome.value: ended[outcome] for outcome in Outcome},
         )
 
@@ -196,7 +197,7 @@ class Service:
             RuntimeError: No event loop is known yet.
         """
         loop = self._loop or asyncio.get_running_loop()
-        loop.call_soon_threadsafe(self._start_or_fail, loop)
+        loop.call_soon_threadsafe(self._start, loop)
 
     def stop(self) -> None:
         """Order the drain. Again a second or more later: shorten what is left to a tenth, at least 1 s."""
@@ -231,42 +232,37 @@ class Service:
     ) -> None:
         self._check_not_started()
         for listener in (listeners,) if isinstance(listeners, Listener) else listeners:
-            self._endpoints.append(_Endpoint(listener, serve(listener)))
+            self._endpoints.add(Endpoint(listener, serve(listener)))
 
     def _check_not_started(self) -> None:
         if self._over is not None:
             raise RuntimeError("attach before start() or serve()")
 
-    def _start_or_fail(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            self._start(loop)
-        except Exception as error:
-            _logger.exception("the service cannot start")
-            if self._over is not None:
-                self._over.set_exception(error)
-
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._over is not None:
             return
-        if not (self._endpoints or self._passed):
-            raise RuntimeError("attach a listener and its handler before serve()")
         self._loop = loop
         self._over = loop.create_future()
-        if "stop" not in self._orders:
-            try:
-                for endpoint in self._endpoints:
-                    endpoint.handle = add_accept_handler(endpoint.listener, endpoint.accepted, loop)
-            except BaseException:
-                self._stop_accepting()
-                raise
-            if self._passed is not None:
-                one = ServedConnection(self._passed.sock, self._passed.peer, None, self._rules, self._table)
-                one.start(self._passed.handler, self._passed.ssl)
-            # Only now: whoever waits for READY=1 connects at once.
-            self._notifier.ready()
-            self._watchdog.start()
-            self._changed()
+        try:
+            if not (self._endpoints or self._passed):
+                raise RuntimeError("attach a listener and its handler before serve()")  # noqa: TRY301
+            if "stop" not in self._orders:
+                self._begin(loop)
+        except Exception as error:  # noqa: BLE001 - serve() raises it
+            self._stop_accepting(accept_queued=False)
+            self._over.set_exception(error)
         self._obey()
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._endpoints.arm(loop)
+        if self._passed is not None:
+            one = ServedConnection(self._passed.sock, self._passed.peer, None, self._rules, self._table)
+            one.start(self._passed.handler, self._passed.ssl)
+        # Only now: whoever waits for READY=1 connects at once.
+        self._notifier.ready()
+        forget_untaken(self._notifier)
+        self._watchdog.start()
+        self._changed()
 
     def _order(self, what: str) -> None:
         # In this order, and looked for after the loop is known in _start: an order is never lost. Appending
@@ -290,27 +286,20 @@ class Service:
         if self._rules.order(loop.time()):
             self._reloads.stop()
             self._notifier.stopping()
-            self._stop_accepting()
+            self._stop_accepting(accept_queued=not self._full)
             self._drain_task = loop.create_task(self._drain())
 
     async def _drain(self) -> None:
         assert self._over is not None  # noqa: S101 - made by _start
         try:
-            hook: Any = self._on_drain
-            self._over.set_result(await drain(self._table, self._rules, self._notifier, hook))
+            self._over.set_result(await drain(self._table, self._rules, self._notifier, self._on_drain))
         finally:
             self._watchdog.stop()
 
-    def _stop_accepting(self) -> None:
+    def _stop_accepting(self, *, accept_queued: bool) -> None:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
-        for endpoint in self._endpoints:
-            if endpoint.handle is not None:
-                endpoint.handle.remove()
-                endpoint.handle = None
-                if endpoint.listener.origin is Origin.BOUND and not self._full:
-                    endpoint.accept_queued()
-            endpoint.listener.close()
+        self._endpoints.close(accept_queued=accept_queued)
         if self._passed is not None and not self._table.accepted:
             self._passed.sock.close()
 
@@ -319,7 +308,7 @@ class Service:
             self._over.cancel()
         self._reloads.stop()
         self._watchdog.stop()
-        self._stop_accepting()
+        self._stop_accepting(accept_queued=False)
         if self._drain_task is not None:
             self._drain_task.cancel()
         for entry in self._table:
@@ -332,32 +321,26 @@ class Service:
         number = len(self._table)
         if self._max_connections is not None and (number >= self._max_connections) != self._full:
             self._full = not self._full
-            self._pause(self._full)
+            self._endpoints.pause(self._full)
         if not number and self._passed is not None:
             self.stop()
         elif self._exit_on_idle is not None:
             self._watch_idleness(idle=not number)
-
-    def _pause(self, paused: bool) -> None:
-        for endpoint in self._endpoints:
-            if endpoint.handle is not None:
-                (endpoint.handle.pause if paused else endpoint.handle.resume)()
 
     def _watch_idleness(self, *, idle: bool) -> None:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
         # Whoever binds for himself is not started again by a client.
-        activated = all(endpoint.listener.origin is Origin.ADOPTED for endpoint in self._endpoints)
-        if idle and activated and self._loop is not None and self._exit_on_idle is not None:
+        if idle and self._endpoints.activated and self._loop and self._exit_on_idle is not None:
             self._idle_timer = self._loop.call_later(self._exit_on_idle, self._idle_over)
 
     def _idle_over(self) -> None:
         # Who comes before this look is served by us, who comes after it waits in the queue of the manager's
         # socket, which starts us again.
-        self._pause(True)
-        if any(endpoint.has_queued() for endpoint in self._endpoints):
-            self._pause(False)
+        self._endpoints.pause(True)
+        if self._endpoints.somebody_waits():
+            self._endpoints.pause(False)
             self._watch_idleness(idle=True)
         else:
             _logger.info("idle for %g s: stopping", self._exit_on_idle)
@@ -382,31 +365,6 @@ class _Passed:
             self.peer: object = sock.getpeername()
         except OSError:
             self.peer = None  # the client has left already
-
-
-class _Endpoint:
-    """A listener, what to do with its connections, and the handle to stop that."""
-
-    __slots__ = ("accepted", "handle", "listener")
-
-    def __init__(self, listener: Listener, accepted: Callable[[socket.socket, Any], None]) -> None:
-        self.listener = listener
-        self.accepted = accepted
-        self.handle: AcceptHandle | None = None
-
-    def has_queued(self) -> bool:
-        """Return whether a connection waits to be accepted."""
-        poller = select.poll()
-        poller.register(self.listener.fileno(), select.POLLIN)
-        return bool(poller.poll(0))
-
-    def accept_queued(self) -> None:
-        """Accept what waits in a queue that nobody else will look at: it ends with the socket."""
-        with contextlib.suppress(OSError):  # TimeoutError: that was all
-            for _ in range(self.listener.queued or 0):
-                sock, peer = self.listener.accept(0)
-                sock.setblocking(False)
-                self.accepted(sock, peer)
 
 
 def _loop_of_this_thread() -> asyncio.AbstractEventLoop | None:

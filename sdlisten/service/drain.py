@@ -13,6 +13,7 @@ from sdlisten.service.report import DrainReport, Outcome
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from sdlisten.notifier import Notifier
     from sdlisten.service.rules import Rules
@@ -28,7 +29,7 @@ _CLEAN_UP = 1.0
 
 
 async def drain(
-    table: Table, rules: Rules, notifier: Notifier, hook: Callable[[Entry], object] | None
+    table: Table, rules: Rules, notifier: Notifier, hook: Callable[[Any], object] | None
 ) -> DrainReport:
     """Wait until all connections have ended, at most until the deadline of the rules.
 
@@ -74,7 +75,7 @@ async def drain(
     return report
 
 
-def _call_hook(hook: Callable[[Entry], object] | None, entries: list[Entry]) -> set[asyncio.Future[object]]:
+def _call_hook(hook: Callable[[Any], object] | None, entries: list[Entry]) -> set[asyncio.Future[object]]:
     """Call the hook for each; returns what it has begun."""
     begun: set[asyncio.Future[object]] = set()
     for entry in entries:

@@ -12,6 +12,9 @@ __all__ = ("JournalFormatter", "set_up_logging", "stderr_is_journal")
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _DEBUG = 7
 
+# sd_journal_send(3) drops what it is given, without an error, where journald does not listen: in a container.
+_JOURNALD = "/run/systemd/journal/socket"
+
 
 class JournalFormatter(logging.Formatter):
     """Puts ``<N>`` before each line: journald splits what it reads from stderr into lines."""
@@ -38,7 +41,8 @@ def set_up_logging(*, journal: bool = False, level: int = logging.INFO) -> None:
 
     Args:
         journal: Send them to journald itself, with their fields, by python-systemd's ``JournalHandler``.
-            Where that is not installed (``pip install sdlisten[systemd]``), as without.
+            Where that is not installed (``pip install sdlisten[systemd]``) or journald does not run, as
+            without.
         level: The least that is logged.
     """
     root = logging.getLogger()
@@ -49,6 +53,8 @@ def set_up_logging(*, journal: bool = False, level: int = logging.INFO) -> None:
 
 
 def _journal_handler() -> logging.Handler | None:
+    if not os.path.exists(_JOURNALD):
+        return None
     try:
         from systemd.journal import JournalHandler  # noqa: PLC0415 - an extra
     except ImportError:

@@ -74,6 +74,8 @@ class ProtocolConnection:
 
     def start(self, factory: Callable[[], asyncio.BaseProtocol], context: ssl.SSLContext | None) -> None:
         """Enter the table and connect a protocol; *takes ownership* of the socket."""
+        if context is not None:
+            self.outcome = Outcome.REFUSED  # until the handshake is done
         self._table.add(self)
         self.task = asyncio.get_running_loop().create_task(self._connect(factory, context))
         self.task.add_done_callback(self._connected)
@@ -106,13 +108,13 @@ class ProtocolConnection:
                 factory, self._socket, ssl=context
             )
         except OSError as error:
-            self.outcome = Outcome.REFUSED
             _logger.debug("TLS handshake failed: %r", error)
         except Exception:
             self._table.errors += 1
             _logger.exception("no protocol for a connection: %r raised", factory)
         else:
             self._transport = transport
+            self.outcome = Outcome.FINISHED
             if self._rules.draining:
                 self.begin_drain()
 

@@ -42,7 +42,7 @@ def serve(
     Call it in the main thread. NOTIFY_SOCKET and WATCHDOG_* leave the environment, LISTEN_* too. Started
     for one connection (``Accept=yes``), it serves that one and returns.
 
-    Afterwards SIGTERM and SIGHUP, where they had their default, do nothing: what stops a service may say so
+    Afterwards SIGTERM and SIGHUP are ignored, if they had their default: who stops a service may say so
     twice, and the second one must not kill a process that is on its way out with 0.
 
     Args:
@@ -134,12 +134,9 @@ def _signals(service: Service) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, _calling(_nothing) if handler == signal.SIG_DFL else handler)
+            # Ignored, not handled: when Python ends, it gives back the default to all that have a handler.
+            signal.signal(number, signal.SIG_IGN if handler == signal.SIG_DFL else handler)
 
 
 def _calling(order: Callable[[], None]) -> Callable[[int, object], None]:
     return lambda _number, _frame: order()
-
-
-def _nothing() -> None:
-    """Nothing is left to stop."""

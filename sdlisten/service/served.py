@@ -144,10 +144,9 @@ class ServedConnection(Connection):
             await self._finish()
 
     async def _handshake(self, context: ssl.SSLContext) -> bool:
+        protocol = StreamProtocol(self._loop)
         try:
-            _, protocol = await self._loop.connect_accepted_socket(
-                lambda: StreamProtocol(self._loop), self.socket, ssl=context
-            )
+            await self._loop.connect_accepted_socket(lambda: protocol, self.socket, ssl=context)
         except OSError as error:
             # ssl.SSLError and TimeoutError are among them: a port scan, a client without our certificate.
             self.outcome = Outcome.REFUSED

@@ -8,6 +8,7 @@ import inspect
 import logging
 from typing import Literal, TypeAlias
 
+from sdlisten.activation import close_untaken_stored
 from sdlisten.message import assignment
 
 TYPE_CHECKING = False
@@ -20,9 +21,20 @@ if TYPE_CHECKING:
     Health: TypeAlias = Callable[[], Verdict | Awaitable[Verdict]]
     OnReload: TypeAlias = Callable[[], object]
 
-__all__ = ("Reloads", "Watchdog")
+__all__ = ("Reloads", "Watchdog", "forget_untaken")
 
 _logger = logging.getLogger("sdlisten.service")
+
+
+def forget_untaken(notifier: Notifier) -> None:
+    """Make the manager forget what an earlier program of ours stored and this one has not taken.
+
+    Nobody else would: it stays in the manager's store over every restart, and is passed to each start. Call
+    it after READY=1; until then an older version may have to come back and find what it has left.
+    """
+    for name in close_untaken_stored():
+        _logger.info("nobody took %r from the manager's store: removed", name)
+        notifier.remove_as(name)
 
 
 class Watchdog:
