@@ -1,0 +1,260 @@
+"""Programs that know nothing of sdlisten, unchanged, under ``sdlisten run``: what twenty rolls cost clients.
+
+Each has what it needs to be rolled without a loss: it takes the listener that was passed (LISTEN_FDS), and on
+one signal stops accepting and finishes what it has accepted. uvicorn lacks the second half, and is shown with
+what that costs. Most never say that they are ready; ``--ready SECONDS`` guesses. A guess that is too short
+makes clients wait, and loses nothing: whoever is not accepting yet has the queue of the listener.
+
+Of the two from Debian, lighttpd honours LISTEN_FDS. nginx does not; its own variable (``NGINX=3;``, meant for
+its binary upgrade) would take a wrapper that nobody has who does not know of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from sdlisten.load import LoadProcess
+from sdlisten.supervisor import ctl
+from sdlisten.testing import activate
+
+from .engine import EngineUnavailableError, install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sdlisten.load import Result
+    from sdlisten.testing import Activated
+
+SECONDS = 30.0  # far beyond what anything here takes; nothing waits for it to pass
+ROLLS = 20
+CLIENTS = 24
+
+HERE = Path(__file__).parent / "foreign"
+LIGHTTPD = "/usr/sbin/lighttpd"  # not in everybody's PATH
+SD_DAEMON = "/usr/include/systemd/sd-daemon.h"
+GOPATH = Path("/usr/share/gocode")
+GO_SYSTEMD = "github.com/coreos/go-systemd"
+# What must be there, as a path or in PATH: the Debian package that has it.
+PACKAGES = {
+    "gcc": "gcc",
+    "go": "golang-go",
+    LIGHTTPD: "lighttpd",
+    SD_DAEMON: "libsystemd-dev",
+    f"{GOPATH}/src/{GO_SYSTEMD}": "golang-github-coreos-go-systemd-dev",
+}
+
+
+class Program(NamedTuple):
+    """A foreign program.
+
+    Attributes:
+        command: Returns it, after it was built in a directory of its own; what it needs is installed.
+        options: What `sdlisten run` has to be told about it.
+    """
+
+    command: Callable[[Path], Sequence[str]]
+    options: Sequence[str]
+
+
+def gunicorn(worker_class: str) -> Callable[[Path], Sequence[str]]:
+    """Return how to start gunicorn with workers of a class."""
+
+    def command(_directory: Path) -> Sequence[str]:
+        need_python("gunicorn")
+        return [
+            *(sys.executable, "-m", "gunicorn", "--chdir", str(HERE), "--log-level", "warning"),
+            # By default all masters of a user share one, in the home directory.
+            "--no-control-socket",
+            *("--worker-class", worker_class, "--workers", "2", "wsgi:application"),
+        ]
+
+    return command
+
+
+def lighttpd(directory: Path) -> Sequence[str]:
+    """Return how to start lighttpd, with a page to deliver."""
+    need(LIGHTTPD)
+    page = directory / "index.txt"
+    page.write_text("0\n")
+    return ["env", f"FOREIGN_ROOT={directory}", LIGHTTPD, "-D", "-f", str(HERE / "lighttpd.conf")]
+
+
+def blocking(directory: Path) -> Sequence[str]:
+    """Compile the program in C, and return how to start it."""
+    need("gcc", SD_DAEMON)
+    program = directory / "blocking"
+    options = ["-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program)]
+    subprocess.run(["gcc", *options, str(HERE / "blocking.c"), "-lsystemd"], check=True)
+    return [str(program)]
+
+
+def go(directory: Path) -> Sequence[str]:
+    """Compile the program in Go, without the network, and return how to start it."""
+    need("go", f"{GOPATH}/src/{GO_SYSTEMD}")
+    # Debian's later versions have it one directory deeper, under its major version.
+    package = next((GOPATH / "src" / GO_SYSTEMD).rglob("activation")).relative_to(GOPATH / "src")
+    source = directory / "activated.go"
+    source.write_text((HERE / source.name).read_text().replace(f"{GO_SYSTEMD}/activation", str(package)))
+    environment = os.environ | {
+        "GO111MODULE": "off",
+        "GOFLAGS": "",
+        "GOPATH": str(GOPATH),
+        "GOCACHE": str(directory / "cache"),
+    }
+    program = directory / "activated"
+    subprocess.run(["go", "build", "-o", str(program), str(source)], env=environment, check=True)
+    return [str(program)]
+
+
+def uvicorn(_directory: Path) -> Sequence[str]:
+    """Return how to start uvicorn on the first descriptor that was passed."""
+    need_python("uvicorn")
+    options = ["--lifespan", "off", "--no-access-log", "--log-level", "warning"]
+    application = ["--app-dir", str(HERE), "asgi:application"]
+    return [sys.executable, "-m", "uvicorn", "--fd", "3", *options, *application]
+
+
+PROGRAMS = {
+    # Its master says READY=1 when it listens, before it has workers: clients wait for those.
+    "gunicorn-sync": Program(gunicorn("sync"), ()),
+    "gunicorn-gthread": Program(gunicorn("gthread"), ()),
+    # SIGTERM would make it end at once; SIGINT lets it finish.
+    "lighttpd": Program(lighttpd, ("--ready", "0.1", "--stop-signal", "INT")),
+    "blocking-c": Program(blocking, ()),
+    "go": Program(go, ("--ready", "0.1")),
+}
+
+
+def need(*things: str) -> None:
+    """Install the packages of what is missing, or skip the test."""
+    missing = [thing for thing in things if not (os.path.exists(thing) or shutil.which(thing))]
+    try:
+        install(missing, PACKAGES)
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def need_python(package: str) -> None:
+    """Skip the test if a package is missing."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: it is in the dependency group integration")
+
+
+class Rolled(NamedTuple):
+    """What there is to say after the rolls."""
+
+    result: Result
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+@pytest.fixture
+def rolled(tmp_path: Path) -> Iterator[Callable[..., Rolled]]:
+    """Give a function that runs a program, rolls it under load, and stops it."""
+    control = str(tmp_path / "control")
+
+    def start(program: Program, rolls: int) -> Rolled:
+        directory = tmp_path / "program"
+        directory.mkdir()
+        run = [sys.executable, "-m", "sdlisten", "run", "--control", control, *program.options, "--"]
+        command = [*run, *program.command(directory)]
+        daemon = stack.enter_context(activate(command, ["http=127.0.0.1:0"]))
+        daemon.wait_ready(SECONDS)
+        before = wait_served(daemon, control, 1)
+        with LoadProcess(daemon.listeners[0].address, mode="short", clients=CLIENTS, quiet=True) as load:
+            load.wait_started()
+            for generation in range(2, rolls + 2):
+                answer = ctl.ask(control, {"do": "roll", "wait": True}, timeout=SECONDS)
+                assert answer["code"] == 0, answer
+                wait_served(daemon, control, generation)
+            result = load.stop()
+        after = wait_drained(control)
+        assert daemon.terminate() == 0
+        return Rolled(result, before, after)
+
+    with contextlib.ExitStack() as stack:
+        yield start
+
+
+def wait_served(daemon: Activated, control: str, number: int) -> dict[str, Any]:
+    """Wait until a generation answers, and return the status.
+
+    Ready or taken for ready is not served: without this, a slow machine would roll from one generation that
+    never accepted to the next.
+    """
+    deadline = time.monotonic() + SECONDS
+    while (answered := generation_that_answers(daemon.listeners[0].sockname)) != number:
+        assert time.monotonic() < deadline, f"generation {answered} answers, not {number}"
+        select.select([], [], [], 0.01)
+    return status(control)
+
+
+def generation_that_answers(address: tuple[str, int]) -> int:
+    """Ask the program; it may be a while until somebody accepts."""
+    with socket.create_connection(address, timeout=SECONDS) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        try:
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        except ConnectionResetError:  # uvicorn may lose this one, too
+            return 0
+    _, _, rest = answer.lower().partition(b"\r\ngeneration:")
+    return int(rest.split()[0]) if rest else 0
+
+
+def wait_drained(control: str) -> dict[str, Any]:
+    """Wait until one generation is left, and return the status: there is no other sign of it."""
+    deadline = time.monotonic() + SECONDS
+    while len((facts := status(control))["generations"]) != 1:
+        assert time.monotonic() < deadline, facts
+        select.select([], [], [], 0.01)
+    return facts
+
+
+def status(control: str) -> dict[str, Any]:
+    """Return the facts of ``ctl status``."""
+    facts = ctl.ask(control, {"do": "status"}, timeout=SECONDS)["status"]
+    assert isinstance(facts, dict)
+    return facts
+
+
+def assert_rolled(found: Rolled, rolls: int) -> None:
+    """Assert that all rolls succeeded, nobody crashed, all drained by themselves; the socket is as it was."""
+    counts = {name: found.after[name] for name in ("rolls", "refused", "restarts", "killed")}
+    assert counts == {"rolls": rolls, "refused": 0, "restarts": 0, "killed": 0}
+    assert found.after["listeners"][0]["backlog"] == found.before["listeners"][0]["backlog"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_foreign_program_loses_nothing(
+    rolled: Callable[..., Rolled], rounds: Callable[[int], int], name: str
+) -> None:
+    """Twenty rolls of a program that drains on a signal fail no request of clients that connect anew."""
+    found = rolled(PROGRAMS[name], rounds(ROLLS))
+
+    assert found.result.clean, found.result
+    assert_rolled(found, rounds(ROLLS))
+
+
+def test_uvicorn_loses_what_it_has_not_read(
+    rolled: Callable[..., Rolled], rounds: Callable[[int], int]
+) -> None:
+    """uvicorn loses connections that it has accepted and not read when told to stop, and no others."""
+    found = rolled(Program(uvicorn, ("--ready", "0.5")), rounds(ROLLS))
+
+    result = found.result
+    assert result.ok, result
+    allowed = result.reset + result.empty
+    assert result.failed == allowed, result
+    assert_rolled(found, rounds(ROLLS))
