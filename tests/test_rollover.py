@@ -139,8 +139,8 @@ def test_a_first_generation_that_fails_ends_the_whole(code: int, expected: int) 
     told.roll("somebody")
     first, second = told.successor.workers
 
-    assert kinds(told.end(first, code)) == ["Terminate", "Enter", "Settle"]
-    assert outcomes(told.actions) == [(("somebody",), Outcome.STOPPED)]
+    assert kinds(told.end(first, code)) == ["Terminate", "Enter", "Settle", "Settle"]
+    assert outcomes(told.actions) == [((), Outcome.FAILED), (("somebody",), Outcome.STOPPED)]
     assert told.end(second) == [Enter(Phase.STOPPED), Exit(expected)]
 
 
@@ -150,7 +150,10 @@ def test_a_first_generation_that_is_late_ends_the_whole() -> None:
     told.start()
     (worker,) = told.successor.workers
 
-    assert told.pass_time(5) == [Terminate(worker), Enter(Phase.STOPPING)]
+    first = told.successor
+    why = "a worker did not say READY=1 within 5 s"
+    failed = Settle((), Outcome.FAILED, first, why)
+    assert told.pass_time(5) == [Terminate(worker), Enter(Phase.STOPPING), failed]
     assert told.pass_time(2) == [Kill(worker, "its drain took too long")]
     assert told.end(worker, -9) == [Enter(Phase.STOPPED), Exit(4)]
 
@@ -219,7 +222,7 @@ def test_a_late_successor_is_refused() -> None:
     actions = told.pass_time(5)
     assert kinds(actions) == ["Terminate", "Terminate", "Enter", "Settle"]
     (settle,) = (action for action in actions if isinstance(action, Settle))
-    assert (settle.outcome, settle.why) == (Outcome.REFUSED, "a worker was not ready within 5 s")
+    assert (settle.outcome, settle.why) == (Outcome.REFUSED, "a worker did not say READY=1 within 5 s")
 
 
 def test_a_new_command_is_remembered_on_success() -> None:
@@ -428,7 +431,7 @@ def test_a_replacement_that_is_late_is_killed() -> None:
     told.end(told.worker, 1)
     worker = told.worker
 
-    assert told.pass_time(5) == [Kill(worker, "not ready within 5 s")]
+    assert told.pass_time(5) == [Kill(worker, "no READY=1 within 5 s")]
     assert told.end(worker, -9) == []
     assert told.machine.phase is Phase.SERVING
 

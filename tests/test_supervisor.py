@@ -342,9 +342,7 @@ def test_bad_deploys(run: Callable[..., Running], kind: str) -> None:
     assert result.clean, result
     assert list(result.pids) == [old]
     assert (answer["code"], "these are my last words" in answer["stderr"]) == (3, True)
-    assert (
-        f"generation 2 was refused: a worker {'was not ready' if kind == 'hangs' else ''}" in answer["text"]
-    )
+    assert f"generation 2 was refused: a worker {'did not say' if kind == 'hangs' else ''}" in answer["text"]
     running.says("READY", 2)
     running.deploy(app())
     assert running.roll()["code"] == 0
@@ -866,6 +864,7 @@ def test_a_first_generation_that_fails(run: Callable[..., Running], hook: str, c
 
     assert running.daemon._child
     assert running.daemon._child.wait(SECONDS) == code
+    assert "sdlisten: generation 1 failed: a worker " in running.daemon.output
 
 
 def test_the_stop_delay(run: Callable[..., Running]) -> None:

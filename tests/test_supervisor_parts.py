@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sdlisten.notifier import Notifier
+from sdlisten.receiver import Receiver
 from sdlisten.supervisor import nice, output
 from sdlisten.supervisor.control import LINE_MAX, Client, Control
 from sdlisten.supervisor.loop import Loop, Signals
 from sdlisten.supervisor.output import Output, Tail, say
+from sdlisten.supervisor.phase import Phase
 from sdlisten.supervisor.store import STORE_MAX, Store
+from sdlisten.supervisor.upstream import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -266,6 +270,45 @@ def test_there_may_be_no_way_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def missing(*_args: object, **_options: object) -> None:
     """Fail as where /proc is not mounted."""
     raise FileNotFoundError(errno.ENOENT, "no /proc")
+
+
+def test_what_a_manager_must_not_miss() -> None:
+    """While its queue is full its words are kept, in order; of the texts only the last one."""
+    with Receiver() as receiver:
+        upstream = Upstream(Notifier(receiver.address), None)
+        for _ in range(6):
+            upstream.enter(Phase.ROLLING, 0)
+            upstream.enter(Phase.SERVING, 0)
+            upstream.status("text", 0)
+        upstream.status("last text", 0)
+        upstream.enter(Phase.LEAVING, 0)
+        heard: list[str] = []
+        texts = []
+        while (due := upstream.next_deadline()) < math.inf:
+            while (received := receiver.receive()) is not None:
+                heard += received.assignments.keys() & {"READY", "RELOADING", "STOPPING"}
+                texts.append(received.assignments.get("STATUS"))
+            if heard[-1:] == ["STOPPING"]:
+                break
+            upstream.tick(due)
+
+    assert heard == ["RELOADING", "READY"] * 6 + ["STOPPING"]
+    assert texts[-1] == "last text"
+
+
+def test_a_manager_that_has_gone() -> None:
+    """It is not told everything when it comes back: only how it ended."""
+    with Receiver() as receiver:
+        upstream = Upstream(Notifier(receiver.address), None)
+    for _ in range(100):
+        upstream.enter(Phase.ROLLING, 0)
+        upstream.enter(Phase.SERVING, 0)
+    upstream.enter(Phase.ROLLING, 0)
+    upstream.enter(Phase.STOPPING, 0)
+
+    assert upstream._unsent[-3:] == ["RELOADING=1", "READY=1", "STOPPING=1"]
+    assert len(upstream._unsent) <= 16
+    assert Upstream(Notifier(None), None).next_deadline() == math.inf
 
 
 class Asked:

@@ -20,6 +20,8 @@ class Outcome(enum.Enum):
     SERVES = "serves"
     REFUSED = "refused"
     """The new generation failed; the old one serves."""
+    FAILED = "failed"
+    """The first generation failed, and with it all: there was no old one."""
     STOPPED = "stopped"
     """An order to stop came before."""
 
@@ -81,7 +83,7 @@ class Kill(Action):
 
 
 class Settle(Action):
-    """Tell all who asked for a roll what became of it."""
+    """Say what became of a roll, or of the start, to all who asked for it."""
 
     __slots__ = ("generation", "outcome", "requesters", "why")
 

@@ -286,6 +286,7 @@ class Rollover:
         self._step(Step.FAILED)
         if self.current is None:
             self._code = code
+            self._actions.append(Settle((), Outcome.FAILED, failed, why))
             self._settle_all_stopped("the first generation failed")
             return
         self.refused += 1
@@ -357,9 +358,9 @@ class Rollover:
         if worker.state is WorkerState.DRAINING:
             self._kill(worker, "its drain took too long")
         elif worker.slot.generation is self.successor:
-            self._fail(_LATE, f"a worker was not ready within {self._limits.ready:g} s", now)
+            self._fail(_LATE, f"a worker did not say READY=1 within {self._limits.ready:g} s", now)
         else:
-            self._kill(worker, f"not ready within {self._limits.ready:g} s")
+            self._kill(worker, f"no READY=1 within {self._limits.ready:g} s")
 
     def _kill(self, worker: Worker, why: str) -> None:
         self.killed += 1

@@ -284,7 +284,7 @@ class Supervisor:
         if seconds.get(phase, math.inf):  # else it is over already
             line = headline(self.machine, phase)
             say(line)
-            self._upstream.status(line)
+            self._upstream.status(line, time.monotonic())
 
     def _spawn(self, worker: Worker) -> Sequence[Action]:
         generation = worker.slot.generation
@@ -355,8 +355,10 @@ class Supervisor:
             text = f"the roll to generation {number} was refused: {action.why}"
             if action.outcome is Outcome.STOPPED:
                 text = f"the roll was given up: {action.why}"
+            elif action.outcome is Outcome.FAILED:
+                text = f"generation {number} failed: {action.why}"
             say(text)
-            self._upstream.status(text)
+            self._upstream.status(text, time.monotonic())
         wrote = str(self._tails.get(number, "")) if action.outcome is Outcome.REFUSED else ""
         for requester in action.requesters:
             if isinstance(requester, Client):

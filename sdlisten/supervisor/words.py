@@ -84,8 +84,8 @@ def _flags() -> list[str]:
     if sys.flags.isolated:
         return ["-I"]
     home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # -m puts the current directory first. That is right only for `python -m sdlisten` in a checkout: elsewhere
-    # a socket.py that lies about would be imported.
+    # -m puts the current directory first, for `python -m sdlisten` in a checkout. Elsewhere it would import
+    # any socket.py that lies about.
     in_checkout = not sys.flags.safe_path and os.path.realpath(sys.path[0] or ".") == home == os.getcwd()
     return [] if in_checkout else ["-P"]
 
