@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 SECONDS = 30.0  # far beyond what anything here takes; nothing waits for it to pass
 ROLLS = 20
 CLIENTS = 24
+# Requests that uvicorn loses in a restart, on average. Measured: 0.5 to 1 when it is stopped and started on a
+# socket that somebody else holds, 0.3 to 0.8 here; a busy machine has more in its queue at the wrong moment.
+KNOWN_LOSS = 3
 
 HERE = Path(__file__).parent / "foreign"
 LIGHTTPD = "/usr/sbin/lighttpd"  # not in everybody's PATH
@@ -201,7 +204,7 @@ def wait_served(daemon: Activated, control: str, number: int) -> dict[str, Any]:
     return status(control)
 
 
-def generation_that_answers(address: tuple[str, int]) -> int:
+def generation_that_answers(address: Any) -> int:  # noqa: ANN401 - what getsockname() returns
     """Ask the program; it may be a while until somebody accepts."""
     with socket.create_connection(address, timeout=SECONDS) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -250,11 +253,11 @@ def test_a_foreign_program_loses_nothing(
 def test_uvicorn_loses_what_it_has_not_read(
     rolled: Callable[..., Rolled], rounds: Callable[[int], int]
 ) -> None:
-    """uvicorn loses connections that it has accepted and not read when told to stop, and no others."""
+    """A roll of uvicorn loses connections that it has accepted and not read, and no others."""
     found = rolled(Program(uvicorn, ("--ready", "0.5")), rounds(ROLLS))
 
     result = found.result
     assert result.ok, result
-    allowed = result.reset + result.empty
-    assert result.failed == allowed, result
+    assert result.failed == result.reset + result.empty, result
+    assert result.failed <= KNOWN_LOSS * rounds(ROLLS), result
     assert_rolled(found, rounds(ROLLS))
