@@ -16,6 +16,7 @@ import importlib.util
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -138,6 +139,7 @@ PROGRAMS = {
     "blocking-c": Program(blocking, ()),
     "go": Program(go, ("--ready", "0.1")),
 }
+UVICORN = Program(uvicorn, ("--ready", "0.5"))
 
 
 def need(*things: str) -> None:
@@ -155,57 +157,82 @@ def need_python(package: str) -> None:
         pytest.skip(f"{package} is not installed: it is in the dependency group integration")
 
 
-class Rolled(NamedTuple):
-    """What there is to say after the rolls."""
+class Running(NamedTuple):
+    """A supervisor of a foreign program."""
 
-    result: Result
-    before: dict[str, Any]
-    after: dict[str, Any]
+    daemon: Activated
+    control: str
+
+    def status(self) -> dict[str, Any]:
+        """Return the facts of ``ctl status``."""
+        facts = ctl.ask(self.control, {"do": "status"}, timeout=SECONDS)["status"]
+        assert isinstance(facts, dict)
+        return facts
+
+    def wait_served(self, number: int) -> None:
+        """Wait until a generation answers.
+
+        Ready or taken for ready is not served: without this, a slow machine would roll from one generation
+        that never accepted to the next.
+        """
+        deadline = time.monotonic() + SECONDS
+        while (answered := generation_that_answers(self.daemon.listeners[0].sockname)) != number:
+            assert time.monotonic() < deadline, f"generation {answered} answers, not {number}"
+            select.select([], [], [], 0.01)
+
+    def wait_drained(self) -> dict[str, Any]:
+        """Wait until one generation is left, and return the status: there is no other sign of it."""
+        deadline = time.monotonic() + SECONDS
+        while len((facts := self.status())["generations"]) != 1:
+            assert time.monotonic() < deadline, facts
+            select.select([], [], [], 0.01)
+        return facts
 
 
 @pytest.fixture
-def rolled(tmp_path: Path) -> Iterator[Callable[..., Rolled]]:
-    """Give a function that runs a program, rolls it under load, and stops it."""
+def run(tmp_path: Path) -> Iterator[Callable[[Program], Running]]:
+    """Give a function that runs a program, and returns when it answers; it is stopped after the test."""
     control = str(tmp_path / "control")
+    directory = tmp_path / "program"
+    directory.mkdir()
 
-    def start(program: Program, rolls: int) -> Rolled:
-        directory = tmp_path / "program"
-        directory.mkdir()
-        run = [sys.executable, "-m", "sdlisten", "run", "--control", control, *program.options, "--"]
-        command = [*run, *program.command(directory)]
-        daemon = stack.enter_context(activate(command, ["http=127.0.0.1:0"]))
-        daemon.wait_ready(SECONDS)
-        before = wait_served(daemon, control, 1)
-        with LoadProcess(daemon.listeners[0].address, mode="short", clients=CLIENTS, quiet=True) as load:
-            load.wait_started()
-            for generation in range(2, rolls + 2):
-                answer = ctl.ask(control, {"do": "roll", "wait": True}, timeout=SECONDS)
-                assert answer["code"] == 0, answer
-                wait_served(daemon, control, generation)
-            result = load.stop()
-        after = wait_drained(control)
-        assert daemon.terminate() == 0
-        return Rolled(result, before, after)
+    def start(program: Program) -> Running:
+        supervisor = [sys.executable, "-m", "sdlisten", "run", "--control", control, *program.options, "--"]
+        command = [*supervisor, *program.command(directory)]
+        running = Running(stack.enter_context(activate(command, ["http=127.0.0.1:0"])), control)
+        running.daemon.wait_ready(SECONDS)
+        running.wait_served(1)
+        return running
 
     with contextlib.ExitStack() as stack:
         yield start
 
 
-def wait_served(daemon: Activated, control: str, number: int) -> dict[str, Any]:
-    """Wait until a generation answers, and return the status.
+def roll(running: Running, rolls: int) -> Result:
+    """Roll under load, then stop; all rolls must succeed, nobody crash, all drain by themselves.
 
-    Ready or taken for ready is not served: without this, a slow machine would roll from one generation that
-    never accepted to the next.
+    Returns:
+        What the load counted.
     """
-    deadline = time.monotonic() + SECONDS
-    while (answered := generation_that_answers(daemon.listeners[0].sockname)) != number:
-        assert time.monotonic() < deadline, f"generation {answered} answers, not {number}"
-        select.select([], [], [], 0.01)
-    return status(control)
+    backlog = running.status()["listeners"][0]["backlog"]
+    address = running.daemon.listeners[0].address
+    with LoadProcess(address, mode="short", clients=CLIENTS, quiet=True) as load:
+        load.wait_started()
+        for generation in range(2, rolls + 2):
+            answer = ctl.ask(running.control, {"do": "roll", "wait": True}, timeout=SECONDS)
+            assert answer["code"] == 0, answer
+            running.wait_served(generation)
+        result = load.stop()
+    facts = running.wait_drained()
+    counts = {name: facts[name] for name in ("rolls", "refused", "restarts", "killed")}
+    assert counts == {"rolls": rolls, "refused": 0, "restarts": 0, "killed": 0}
+    assert facts["listeners"][0]["backlog"] == backlog
+    assert running.daemon.terminate() == 0
+    return result
 
 
 def generation_that_answers(address: Any) -> int:  # noqa: ANN401 - what getsockname() returns
-    """Ask the program; it may be a while until somebody accepts."""
+    """Ask the program; it may be a while until somebody accepts. 0: the request was lost."""
     with socket.create_connection(address, timeout=SECONDS) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         try:
@@ -216,48 +243,56 @@ def generation_that_answers(address: Any) -> int:  # noqa: ANN401 - what getsock
     return int(rest.split()[0]) if rest else 0
 
 
-def wait_drained(control: str) -> dict[str, Any]:
-    """Wait until one generation is left, and return the status: there is no other sign of it."""
-    deadline = time.monotonic() + SECONDS
-    while len((facts := status(control))["generations"]) != 1:
-        assert time.monotonic() < deadline, facts
-        select.select([], [], [], 0.01)
-    return facts
-
-
-def status(control: str) -> dict[str, Any]:
-    """Return the facts of ``ctl status``."""
-    facts = ctl.ask(control, {"do": "status"}, timeout=SECONDS)["status"]
-    assert isinstance(facts, dict)
-    return facts
-
-
-def assert_rolled(found: Rolled, rolls: int) -> None:
-    """Assert that all rolls succeeded, nobody crashed, all drained by themselves; the socket is as it was."""
-    counts = {name: found.after[name] for name in ("rolls", "refused", "restarts", "killed")}
-    assert counts == {"rolls": rolls, "refused": 0, "restarts": 0, "killed": 0}
-    assert found.after["listeners"][0]["backlog"] == found.before["listeners"][0]["backlog"]
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and those that these have."""
+    children = [
+        int(word)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for word in (task / "children").read_text().split()
+    ]
+    return [found for child in children for found in (child, *descendants(child))]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_foreign_program_loses_nothing(
-    rolled: Callable[..., Rolled], rounds: Callable[[int], int], name: str
+def test_a_roll_loses_nothing(
+    run: Callable[[Program], Running], rounds: Callable[[int], int], name: str
 ) -> None:
     """Twenty rolls of a program that drains on a signal fail no request of clients that connect anew."""
-    found = rolled(PROGRAMS[name], rounds(ROLLS))
+    result = roll(run(PROGRAMS[name]), rounds(ROLLS))
 
-    assert found.result.clean, found.result
-    assert_rolled(found, rounds(ROLLS))
+    assert result.clean, result
 
 
 def test_uvicorn_loses_what_it_has_not_read(
-    rolled: Callable[..., Rolled], rounds: Callable[[int], int]
+    run: Callable[[Program], Running], rounds: Callable[[int], int]
 ) -> None:
     """A roll of uvicorn loses connections that it has accepted and not read, and no others."""
-    found = rolled(Program(uvicorn, ("--ready", "0.5")), rounds(ROLLS))
+    result = roll(run(UVICORN), rounds(ROLLS))
 
-    result = found.result
     assert result.ok, result
     assert result.failed == result.reset + result.empty, result
     assert result.failed <= KNOWN_LOSS * rounds(ROLLS), result
-    assert_rolled(found, rounds(ROLLS))
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS.values(), UVICORN], ids=[*PROGRAMS, "uvicorn"])
+def test_nobody_outlives_the_supervisor(run: Callable[[Program], Running], program: Program) -> None:
+    """When the supervisor is killed, a program that knows nothing of it ends, and all it has started."""
+    running = run(program)
+    pids = descendants(running.daemon.pid)
+    assert pids
+    with contextlib.ExitStack() as stack:
+        alive = {os.pidfd_open(pid): pid for pid in pids}
+        for pidfd in alive:
+            stack.callback(os.close, pidfd)
+        os.kill(running.daemon.pid, signal.SIGKILL)
+        deadline = time.monotonic() + SECONDS
+        while alive:
+            ended, _, _ = select.select(alive, [], [], max(0, deadline - time.monotonic()))
+            assert ended, f"{[command_line(pid) for pid in alive.values()]} run on"
+            for pidfd in ended:
+                del alive[pidfd]
+
+
+def command_line(pid: int) -> str:
+    """Return the words of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
