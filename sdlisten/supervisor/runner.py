@@ -129,7 +129,7 @@ class Supervisor:
             closing.callback(self._loop.forget, signals.fileno())
             for fd in self.sockets.listening:
                 self._loop.watch(fd, functools.partial(self._shut_down, fd), 0)
-                closing.callback(self._loop.forget, fd)
+            self._reap()  # who ended before there was a handler: no SIGCHLD was kept for them
             self._apply(self.machine.start(time.monotonic()))
             while self._code is None:
                 self._loop.wait(self._next_deadline())
