@@ -1,4 +1,4 @@
-"""Two containers of the image behind haproxy, which repeats nothing: deployed one after the other, nothing is lost."""
+"""Containers of the image behind haproxy, replaced one after the other: nothing is lost, nothing repeated."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ RUN export DEBIAN_FRONTEND=noninteractive && apt-get -qq -o Acquire::Check-Valid
     apt-get -qq install --yes --no-install-recommends haproxy >/dev/null && rm -rf /var/lib/apt/lists/*
 """
 
-# Neither `retries` nor `option redispatch`: what a server loses, the client loses. The check is the image's own
-# HEALTHCHECK; haproxy kills one that takes longer than `inter`, so it is the third failure that counts. Addresses are
-# told at run time, for each new container has its own.
+# Neither `retries` nor `option redispatch`: what a server loses, the client loses. The check is the image's
+# own HEALTHCHECK; haproxy kills one that takes longer than `inter`, so it is the third failure that counts.
+# Addresses are told at run time, for each new container has its own.
 CONFIGURATION = f"""\
 global
     stats socket {ADMIN} level admin
@@ -193,8 +193,8 @@ def test_containers_are_replaced_one_by_one(
         for load in loads:
             load.wait_started()
         for _ in range(rounds(1)):
-            for server in servers:
-                servers[server] = replace(balancer, server, servers[server], run)
+            for server, container in list(servers.items()):
+                servers[server] = replace(balancer, server, container, run)
         results = [load.stop() for load in loads]
     print(*results, sep="\n")  # noqa: T201 -- the figures, for whoever asks pytest for them
     assert not [str(result) for result in results if not result.clean]

@@ -1,4 +1,4 @@
-"""The image of `sdlisten run`: PID 1 in a container, not root, nothing writable but /tmp; alone or under tini."""
+"""The image of `sdlisten run`: PID 1 in a container or below tini, not root, nothing writable but /tmp."""
 
 from __future__ import annotations
 

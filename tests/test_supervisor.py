@@ -886,6 +886,37 @@ def test_stop_waits(run: Callable[..., Running]) -> None:
     assert (answer["code"], answer["text"]) == (3, "the roll was given up: told to stop")
 
 
+# A reload of a unit: what systemd executes knows its own pid.
+RELOAD = """
+SYSTEMD_EXEC_PID=$$ exec "$@"
+"""
+
+
+@pytest.mark.parametrize("order", ["first us", "first the command", "only the command"])
+def test_a_stop_during_a_reload(run: Callable[..., Running], order: str) -> None:
+    """`ctl roll --wait` as a unit's ExecReload= ends well when all is stopped, SIGTERM or not; else by it."""
+    running = run()
+    running.deploy(app("signal.pause()"))
+    words = [sys.executable, "-m", "sdlisten", "ctl", "--control", running.control, "roll", "--wait"]
+    shell = ["sh", "-c", RELOAD, "sh", *words]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
+        running.until(lambda facts: facts["phase"] == "rolling")
+        if order == "first the command":
+            os.kill(running.daemon.pid, signal.SIGSTOP)
+        if order != "first us":
+            command.terminate()
+        if order != "only the command":
+            os.kill(running.daemon.pid, signal.SIGTERM)
+            os.kill(running.daemon.pid, signal.SIGCONT)
+        output, _ = command.communicate(timeout=SECONDS)
+    if order == "only the command":
+        assert (command.returncode, output) == (-signal.SIGTERM, "")
+        assert running.status()["phase"] == "rolling"
+    else:
+        assert command.returncode == 0
+        assert "given up: told to stop" in output
+
+
 @contextlib.contextmanager
 def connected(path: str, question: object = None) -> Iterator[socket.socket]:
     """Connect to a control socket, and ask."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 
@@ -13,10 +15,15 @@ if TYPE_CHECKING:
 
     Answer = Mapping[str, Any]
 
-__all__ = ("ask",)
+__all__ = ("ask", "ask_as_command")
 
 _LATE, _NOBODY = 4, 5
 _ANSWER_SECONDS = 5.0
+_STOPPING = {"leaving", "stopping", "stopped"}
+
+
+class _ToldToEndError(Exception):
+    """SIGTERM came."""
 
 
 def ask(path: str, question: Mapping[str, object], *, timeout: float | None = None) -> Answer:
@@ -51,6 +58,36 @@ def ask(path: str, question: Mapping[str, object], *, timeout: float | None = No
     except OSError as error:
         return {"code": _NOBODY, "text": f"no supervisor at {path}: {error.strerror or error}"}
     return _understood(received, path)
+
+
+def ask_as_command(path: str, question: Mapping[str, object], *, timeout: float | None = None) -> Answer:
+    """Ask as `ask` does, in the main thread of a command that may be the ExecReload= of a unit.
+
+    systemd that stops a unit in the middle of a reload sends SIGTERM to that command too, and takes its end
+    by a signal, or any code but 0, for a failure of the *unit* (service_sigchld_event, src/core/service.c).
+    There is none: all does as it is told. For other reasons, and elsewhere, it is a failure.
+    """
+    # systemd.exec(5), since 248.
+    if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
+        return ask(path, question, timeout=timeout)
+
+    def end(_number: int, _frame: object) -> None:
+        raise _ToldToEndError
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        answer = ask(path, question, timeout=timeout)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that is left to do is to say what we know
+    except _ToldToEndError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        answer = ask(path, {"do": "status"})
+        if answer["code"] == _NOBODY or answer["status"]["phase"] in _STOPPING:
+            return {"code": 0, "text": "given up: told to stop"}
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    if answer.get("outcome") == "stopped":
+        answer = {**answer, "code": 0}
+    return answer
 
 
 def _understood(line: bytes, path: str) -> Answer:

@@ -362,7 +362,7 @@ class Supervisor:
         wrote = str(self._tails.get(number, "")) if action.outcome is Outcome.REFUSED else ""
         for requester in action.requesters:
             if isinstance(requester, Client):
-                requester.answer(code, text, stderr=wrote)
+                requester.answer(code, text, stderr=wrote, outcome=action.outcome.value)
 
 
 def _number(fields: Mapping[str, str], name: str) -> int | None:

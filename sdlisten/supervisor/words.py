@@ -69,7 +69,7 @@ def ctl_command(words: Sequence[str]) -> int:
     question: dict[str, object] = {"do": asked.do, "wait": asked.wait}
     if command:
         question["command"] = command
-    answer = ctl.ask(asked.control, question, timeout=asked.timeout)
+    answer = ctl.ask_as_command(asked.control, question, timeout=asked.timeout)
     if asked.json:
         print(json.dumps(answer.get("status", answer)))
     else:
