@@ -1,8 +1,7 @@
 """Words in, exit code out: the ``sdlisten`` command.
 
-Exit codes: 0 ok, 1 a check or promise failed, 2 usage, 78 configuration. Commands are imported when they
-    run: a
-supervisor must not carry the demo in its memory.
+Exit codes: 0 ok, 1 a check or promise failed, 2 usage, 3 roll refused, 4 timed out, 5 no supervisor, 78
+configuration. Commands are imported when they run: one must not carry the other in its memory.
 """
 
 from __future__ import annotations
@@ -33,12 +32,18 @@ def main(words: Sequence[str] | None = None) -> int:
     # argparse would take the options of the program for ours.
     if words[:1] == ["exec"]:
         return _exec(words[1:])
+    if words[:1] in (["run"], ["ctl"]):
+        from sdlisten.supervisor.words import ctl_command, run_command  # noqa: PLC0415 - see above
+
+        return (run_command if words[0] == "run" else ctl_command)(words[1:])
     parser = argparse.ArgumentParser(
         prog="sdlisten", description="Adopt the sockets systemd passes, or bind them."
     )
     parser.add_argument("--version", action="version", version=f"sdlisten {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("demo", help="show the main job on real sockets")
+    commands.add_parser("run", help="run … -- COMMAND …: hold sockets, and roll generations of COMMAND")
+    commands.add_parser("ctl", help="ctl roll|stop|status: ask what run runs")
     commands.add_parser("exec", help="exec -- COMMAND …: pass LISTEN_* on to COMMAND with its own pid")
     load = commands.add_parser("load", help="send requests to a server and count what is lost")
     if words[:1] == ["load"]:

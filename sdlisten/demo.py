@@ -2,11 +2,13 @@
 
 Starts `sdlisten.hello` as a real child: activated by us with two named sockets, activated by
 ``systemd-socket-activate`` where that is installed, and bound by itself. Real requests go to each; what the
-daemon says of its listeners, and what the sockets are like afterwards, is compared with what is promised.
+daemon says of its listeners, and what the sockets are like afterwards, is compared with what is promised. In
+the end ``sdlisten run`` replaces it twenty times, while three kinds of clients count what that costs them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -16,6 +18,8 @@ import time
 
 from sdlisten.address import InetAddress, parse_address
 from sdlisten.descriptor import listen_queue
+from sdlisten.load import LoadProcess
+from sdlisten.supervisor import ctl
 from sdlisten.testing import activate
 
 TYPE_CHECKING = False
@@ -24,9 +28,11 @@ if TYPE_CHECKING:
 
     from sdlisten.testing import Activated
 
-__all__ = ("REQUESTS", "run")
+__all__ = ("REQUESTS", "ROLLS", "run")
 
 REQUESTS = 50
+ROLLS = 20
+_RATES = {"short": 100.0, "slow": 20.0, "keep": 100.0}  # requests per second, beside the work of the rolls
 _START_TIMEOUT = 10.0  # seconds
 _COLUMNS = ("path", "name", "address", "family", "non-blocking", "close-on-exec", "backlog", "answered")
 _HELLO = (sys.executable, "-m", "sdlisten.hello")
@@ -56,12 +62,49 @@ def run() -> int:
                 _say("systemd-socket-activate is not installed here: left out")
             _say("bound: nothing is passed, so it binds for itself")
             rows += _bound(directory)
+            _say(f"supervised: sdlisten run rolls it {ROLLS} times, under three kinds of load at once")
+            rolls = _supervised(directory)
         except (_PromiseBrokenError, OSError) as error:
             print(f"NOT as promised: {error}", *getattr(error, "__notes__", ()), sep="\n  ")
             return 1
     _print_table(rows)
+    print(*rolls, "", sep="\n")
     print(f"All as promised, in {time.monotonic() - started:.1f} s.")
     return 0
+
+
+def _supervised(directory: str) -> list[str]:
+    """Roll generations under load; returns a line for each load, of what it counted."""
+    control = f"{directory}/control"
+    command = [sys.executable, "-m", "sdlisten", "run", "--control", control, "--", *_HELLO]
+    with (
+        activate(command, ["http=127.0.0.1:0"], env=_environment()) as supervisor,
+        contextlib.ExitStack() as ends,
+    ):
+        supervisor.wait_ready(_START_TIMEOUT)
+        address = supervisor.listeners[0].address
+        loads = {
+            mode: ends.enter_context(LoadProcess(address, mode=mode, clients=8, rate=rate, quiet=True))
+            for mode, rate in _RATES.items()
+        }
+        for load in loads.values():
+            load.wait_started()
+        started = time.monotonic()
+        for number in range(ROLLS):
+            answer = ctl.ask(control, {"do": "roll", "wait": True}, timeout=_START_TIMEOUT)
+            _check(answer["code"] == 0, f"roll {number}: {answer['text']}")
+        seconds = time.monotonic() - started
+        results = {mode: load.stop() for mode, load in loads.items()}
+        _stop(supervisor)
+    for result in results.values():
+        _check(result.clean, str(result))
+    lines = [f"{ROLLS} rolls in {seconds:.1f} s:"]
+    for mode, result in results.items():
+        lines.append(
+            f"  {mode:<5}  {result.ok:>6,} requests answered, {result.failed} failed, "
+            f"longest stall {result.stall * 1000:.0f} ms, by {len(result.pids)} processes"
+        )
+    return lines
 
 
 def _activated(directory: str) -> list[dict[str, str]]:

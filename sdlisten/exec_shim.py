@@ -53,7 +53,8 @@ def main(words: Sequence[str], *, execve: Callable[..., object] = posix.execve) 
             die_with_parent(number, parent)
         except (ImportError, OSError) as error:
             return _refuse(command[0], f"PR_SET_PDEATHSIG: {error}", _CANNOT_EXECUTE)
-    close_from(3 + count)
+    # The lifeline of `sdlisten.spawn`, if there is one, stands behind what LISTEN_FDS counts.
+    close_from(3 + count + (b"SDLISTEN_LIFELINE_FD" in environ))
     return execute(command, environ, execve=execve)
 
 

@@ -27,7 +27,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ("Child", "spawn")
+__all__ = ("LIFELINE", "Child", "spawn")
+
+LIFELINE = "SDLISTEN_LIFELINE_FD"
+"""The variable that tells a program the number of its lifeline."""
 
 _RESETTABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
@@ -101,13 +104,15 @@ def spawn(
     stdin: int | None = None,
     stdout: int | None = None,
     stderr: int | None = None,
+    lifeline: int | None = None,
     pdeathsig: int | None = None,
     new_session: bool = False,
 ) -> Child:
     """Start a program that finds descriptors at 3, 4, ... and all else as a manager leaves it.
 
-    That is: no descriptor beyond those and 0, 1, 2; no signal blocked or ignored. Descriptors are *borrowed*:
-    the program gets duplicates, and shares with the caller what belongs to the open file, such as O_NONBLOCK.
+    That is: no descriptor but those, 0, 1, 2 and the lifeline; no signal blocked or ignored. Descriptors are
+    *borrowed*: the program gets duplicates, and shares with the caller what belongs to the open file, such as
+    O_NONBLOCK.
 
     A program that cannot be executed ends as in a shell: with 127 if it was not found, else with 126, after a
     line on its stderr that says why.
@@ -120,6 +125,9 @@ def spawn(
         stdin: A descriptor to become its standard input. Default: the caller's own; likewise the next two.
         stdout: Its standard output.
         stderr: Its standard error.
+        lifeline: A descriptor whose end of file will tell the program that the caller died. It comes after
+            the others, is not counted among them, and its number is in SDLISTEN_LIFELINE_FD, which the
+            program does not find otherwise.
         pdeathsig: A signal for the program at the death of the *thread* that calls this (PR_SET_PDEATHSIG,
             prctl(2)), even if that comes first. It does not survive the start of a set-user-ID program.
         new_session: Whether it leads a new session and process group (setsid(2)).
@@ -138,19 +146,24 @@ def spawn(
     """
     program = _words(command)
     environment = dict(os.environ if environ is None else environ)
-    for variable in VARIABLES:
+    for variable in (*VARIABLES, LIFELINE):
         environment.pop(variable, None)
     # The shim will replace LISTEN_PID: it alone knows.
     environment.update(write_listen_environment([name for _, name in descriptors], pid=os.getpid()))
     wanted = [(fd, place) for place, fd in enumerate((stdin, stdout, stderr)) if fd is not None]
     wanted += [(fd, place) for place, (fd, _) in enumerate(descriptors, LISTEN_FDS_START)]
+    end = LISTEN_FDS_START + len(descriptors)
+    if lifeline is not None:
+        wanted.append((lifeline, end))
+        environment[LIFELINE] = str(end)
+        end += 1
     shim = _shim(environment.get("LC_CTYPE"), pdeathsig)
     with contextlib.ExitStack() as copies:
         pid = os.posix_spawn(
             sys.executable,
             [*shim, *program],
             environment,
-            file_actions=_placed(wanted, LISTEN_FDS_START + len(descriptors), copies),
+            file_actions=_placed(wanted, end, copies),
             # A mask outlives exec: the children of a supervisor that blocks TERM would never hear it.
             setsigmask=(),
             setsigdef=_RESETTABLE,

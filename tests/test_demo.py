@@ -19,6 +19,11 @@ def test_demo_shows_every_path(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(2 * paths) == sorted(row[0] for row in rows)
     for row in rows:
         assert row[4:6] == ["yes", "yes"]
+    loads = {line[0]: line for line in lines if line[2:4] == ["requests", "answered,"]}
+    assert loads.keys() == {"short", "slow", "keep"}
+    for line in loads.values():
+        assert line[4:6] == ["0", "failed,"]
+        assert 1 < int(line[-2]) <= demo.ROLLS + 1  # processes that answered
 
 
 def test_demo_without_systemd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

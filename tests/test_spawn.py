@@ -250,6 +250,29 @@ def test_leaves_nonblock_alone(*, blocking: bool) -> None:
     assert bool(flags & os.O_NONBLOCK) is not blocking
 
 
+@pytest.mark.parametrize("names", [[], ["a", "b"]])
+def test_lifeline(names: list[str]) -> None:
+    """It stands behind what LISTEN_FDS counts, its number is told, and its end is the end of the caller."""
+    fd = "os.environ['SDLISTEN_LIFELINE_FD']"
+    code = f"import os; print(os.environ.get('LISTEN_FDS'), {fd}, os.read(int({fd}), 1))"
+    with pipe() as (reader, writer), pipe() as (seen, out):
+        descriptors = [(reader, name) for name in names]
+        child = spawn([sys.executable, "-I", "-S", "-c", code], descriptors, stdout=out, lifeline=reader)
+        os.close(writer)
+        assert ended(child) == 0
+        os.close(out)
+        count = len(names)
+        assert read_to_end(seen) == f"{count or None} {3 + count} b''\n".encode()
+
+
+def test_no_lifeline_of_somebody_else() -> None:
+    """A number that our own parent told us is not told to a child."""
+    code = "import os; print(os.environ.get('SDLISTEN_LIFELINE_FD'))"
+    command = [sys.executable, "-I", "-S", "-c", code]
+
+    assert output(command, environ={"SDLISTEN_LIFELINE_FD": "9"}) == (0, b"None\n", b"")
+
+
 def test_closes_foreign_descriptors() -> None:
     """An inheritable descriptor of the caller that was not asked for does not reach the program."""
     with memfds(1) as (fd,):

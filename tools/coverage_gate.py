@@ -26,6 +26,7 @@ _COMPLETE = frozenset(
         "listener",
         "matching",
         "message",
+        "rollover",
     }
 )
 _ELSEWHERE = 95.0

@@ -29,8 +29,9 @@ _START_LIMIT = 30.0
 class LoadProcess:
     """A load in a process of its own, running from construction until `stop`: no GIL shared with the server.
 
-    Its progress goes to stderr, a line a second. It ends by itself when the process that started it is gone.
-    As a context manager it kills what is still running. The arguments are those of `Load`.
+    Its progress goes to stderr, a line a second, unless it is to be quiet. It ends by itself when the process
+    that started it is gone. As a context manager it kills what is still running. The other arguments are
+    those of `Load`.
 
     Raises:
         OSError: The process cannot be started.
@@ -45,6 +46,7 @@ class LoadProcess:
         rate: float | None = None,
         timeout: float = 10.0,
         delay: float = 0.2,
+        quiet: bool = False,
     ) -> None:
         self._timeout = timeout + delay
         self._said = b""
@@ -57,6 +59,7 @@ class LoadProcess:
                 [*command, "--", str(address)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL if quiet else None,
                 pass_fds=[report_fd],
             )
         except BaseException:

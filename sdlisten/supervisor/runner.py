@@ -1,0 +1,400 @@
+"""The supervisor: does what `sdlisten.supervisor.rollover` decides, and tells it what happens.
+
+One thread, one poll(2). All that can happen comes from the loop: a signal, a message of a worker, its end, a
+question at the control socket, a time that has come. Each becomes an event of the machine, whose orders are
+carried out before anything else is looked at.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import math
+import os
+import signal
+import time
+
+from sdlisten.errors import MessageError
+from sdlisten.message import value_of
+from sdlisten.supervisor import nice, surroundings
+from sdlisten.supervisor.action import Enter, Exit, Kill, Outcome, Settle, Spawn, Terminate, Welcome
+from sdlisten.supervisor.control import Client, Control
+from sdlisten.supervisor.loop import SIGNALS, Loop, Signals
+from sdlisten.supervisor.output import Output, Tail, say
+from sdlisten.supervisor.pace import Limits
+from sdlisten.supervisor.phase import Phase
+from sdlisten.supervisor.process import Process
+from sdlisten.supervisor.rollover import Rollover
+from sdlisten.supervisor.status import headline, report, snapshot
+from sdlisten.supervisor.store import STORE_MAX, Store
+from sdlisten.supervisor.upstream import Upstream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import TypeGuard
+
+    from sdlisten.notifier import Notifier
+    from sdlisten.receiver import Received
+    from sdlisten.supervisor.action import Action
+    from sdlisten.supervisor.generation import Generation, Worker
+    from sdlisten.supervisor.options import Options
+    from sdlisten.supervisor.sockets import Sockets
+
+__all__ = ("Supervisor",)
+
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_MARGIN = 1.0  # seconds that a worker gets beyond its own drain limit, to say what it dropped and end
+_CANNOT_START = 126
+_REFUSED = 3
+_USAGE = 2
+
+
+class Supervisor:
+    """Holds sockets and rolls generations of a program over them.
+
+    Args:
+        options: What to run, and how.
+        sockets: What to pass; the caller keeps it (*borrows*) and closes it afterwards.
+        notifier: The way to our own manager.
+        watchdog: Seconds after which that manager takes us for dead, or None; workers that show life get the
+            same limit, unless the options have one.
+
+    Attributes:
+        machine: Who decides.
+        processes: The workers that have not ended.
+        sockets: As given.
+        store: What the workers let us keep.
+        started: When, by `time.monotonic`.
+    """
+
+    def __init__(
+        self, options: Options, sockets: Sockets, notifier: Notifier, watchdog: float | None = None
+    ) -> None:
+        self.sockets = sockets
+        self.started = time.monotonic()
+        self.processes: dict[Worker, Process] = {}
+        self._options = options
+        self._watchdog = options.watchdog if options.watchdog < math.inf else watchdog or math.inf
+        limits = Limits(
+            ready=options.ready_timeout,
+            drain=options.drain_timeout + _MARGIN,
+            soak=options.soak,
+            stop_delay=options.stop_delay,
+            watchdog=self._watchdog,
+            guess=options.guess,
+        )
+        self.machine = Rollover(options.command, workers=options.workers, limits=limits, chance=_chance)
+        self._environ = surroundings.inherited_environ(os.environ)
+        self._upstream = Upstream(notifier, watchdog)
+        self._loop = Loop()
+        self._output = Output(self._loop)
+        self.store = Store(self._loop)
+        self._control: Control | None = None
+        self._waiting_for_the_end: list[Client] = []
+        self._code: int | None = None
+        self._tails: dict[int, Tail] = {}
+        self._environs: dict[int, dict[str, str]] = {}
+        self._command_of_the_sockets: Sequence[str] | None = None
+        self._lifeline = -1
+        self._nice = options.nice_start
+
+    def run(self) -> int:
+        """Run until told to stop, or until the first generation has failed.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            AddressError, OSError: The control socket cannot be made, or the pid file cannot be written.
+        """
+        with contextlib.ExitStack() as closing:
+            signals = closing.enter_context(Signals(SIGNALS))
+            closing.callback(self._output.close)
+            closing.callback(self.store.close)
+            reader, writer = os.pipe2(os.O_CLOEXEC)  # whoever holds the reader sees our end
+            closing.callback(os.close, reader)
+            closing.callback(os.close, writer)
+            self._lifeline = reader
+            if self._options.control:
+                self._control = Control(self._options.control, self._loop, self._asked)
+                closing.callback(self._control.close)
+            if self._options.pid_file:
+                closing.enter_context(_pid_file(self._options.pid_file))
+            if self._nice and not nice.can_return():
+                say("--nice-start is left out: without CAP_SYS_NICE or RLIMIT_NICE there is no way back")
+                self._nice = 0
+            self._loop.watch(signals.fileno(), lambda _events: self._signalled(signals.take()))
+            closing.callback(self._loop.forget, signals.fileno())
+            for fd in self.sockets.listening:
+                self._loop.watch(fd, functools.partial(self._shut_down, fd), 0)
+            self._reap()  # who ended before there was a handler: no SIGCHLD was kept for them
+            self._apply(self.machine.start(time.monotonic()))
+            while self._code is None:
+                self._loop.wait(self._next_deadline())
+                self._tick()
+            return self._code
+
+    def _next_deadline(self) -> float:
+        control = self._control.next_deadline() if self._control else math.inf
+        return min(self.machine.next_deadline(), self._upstream.next_deadline(), control)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._apply(self.machine.tick(now))
+        self._upstream.tick(now)
+        if self._control:
+            self._control.tick(now)
+
+    def _signalled(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            now = time.monotonic()
+            if number == signal.SIGHUP:
+                self._apply(self.machine.roll(now))
+            elif number in _STOPS:
+                self._apply(self.machine.stop(now))
+            elif number == signal.SIGUSR1:
+                say(report(snapshot(self)))
+            elif number == signal.SIGCHLD:
+                self._reap()
+
+    def _reap(self) -> None:
+        """Reap whoever ended: our workers by their pidfds, strangers (as PID 1 gets them) by their pids."""
+        ours = {process.pid: process for process in self.processes.values()}
+        while True:
+            try:
+                # Only a look: the pid must stay taken until we know whose it is.
+                end = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if end is None:
+                return
+            process = ours.pop(end.si_pid, None)
+            if process:
+                self._ended(process)
+            else:
+                os.waitid(os.P_PID, end.si_pid, os.WEXITED | os.WNOHANG)
+
+    def _ended(self, process: Process) -> None:
+        """Take the end of a worker, after what it still had to say."""
+        code = process.child.wait(0)
+        if code is None:
+            return
+        self._hear(process, limit=10_000)
+        del self.processes[process.worker]
+        self._loop.forget(process.child.fileno())
+        self._loop.forget(process.receiver.fileno())
+        process.close()
+        if process.worker.up:
+            how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
+            say(f"worker {process.pid} of generation {process.worker.slot.generation.number} {how}, unasked")
+        self._apply(self.machine.ended(process.worker, code, time.monotonic()))
+
+    def _hear(self, process: Process, limit: int = 64) -> None:
+        for message in process.messages(limit):
+            self._heed(process, message)
+
+    def _heed(self, process: Process, message: Received) -> None:
+        """Do what a message of a worker says. Nothing of it goes to our own manager."""
+        fields, worker, now = message.assignments, process.worker, time.monotonic()
+        process.note(fields)
+        self.store.heed(fields, message.detach())
+        usec = _number(fields, "EXTEND_TIMEOUT_USEC")
+        if usec is not None:
+            self._apply(self.machine.extend(worker, usec / 1e6, now))
+        usec = _number(fields, "WATCHDOG_USEC")
+        if usec is not None:
+            process.watchdog = usec / 1e6 or math.inf
+        if fields.get("WATCHDOG") in {"1", "trigger"}:
+            seconds = process.watchdog if fields["WATCHDOG"] == "1" else 0.0
+            self._apply(self.machine.alive(worker, now, seconds))
+        if fields.get("READY") == "1":
+            self._apply(self.machine.ready(worker, now))
+
+    def _shut_down(self, fd: int, _events: int) -> None:
+        """Mend a listener that hangs up: a worker has called shutdown(2) on what all share."""
+        name = dict(self.sockets.descriptors)[fd]
+        try:
+            self.sockets.listen_again(fd)
+        except OSError:
+            self._loop.forget(fd)
+            say(f"a worker has shut down the listener {name!r}, which cannot be undone: start anew")
+        else:
+            say(f"a worker has shut down the listener {name!r}; it listens again")
+
+    def _asked(self, question: Mapping[str, object], client: Client) -> None:
+        """Take a question at the control socket."""
+        match question:
+            case {"do": "status"}:
+                facts = snapshot(self)
+                code = 0 if self.machine.phase in {Phase.SERVING, Phase.ROLLING, Phase.SOAKING} else 1
+                client.answer(code, report(facts), status=facts)
+            case {"do": "roll", **rest}:
+                self._asked_to_roll(rest, client)
+            case {"do": "stop", **rest}:
+                if rest.get("wait"):
+                    self._waiting_for_the_end.append(client)
+                else:
+                    client.answer(0, "told to stop")
+                self._apply(self.machine.stop(time.monotonic()))
+            case _:
+                client.answer(_USAGE, f"{dict(question)!r} is no question")
+
+    def _asked_to_roll(self, question: Mapping[str, object], client: Client) -> None:
+        command = question.get("command")
+        if command is not None and not _is_command(command):
+            client.answer(_USAGE, f"command is {command!r}: expected a list of words")
+            return
+        if not question.get("wait"):
+            client.answer(0, "asked for a roll")
+        self._apply(self.machine.roll(time.monotonic(), client, command))
+
+    def _apply(self, actions: Sequence[Action]) -> None:
+        """Carry out orders, and those that come of it."""
+        queue = collections.deque(actions)
+        while queue:
+            queue.extend(self._carry_out(queue.popleft()))
+
+    def _carry_out(self, action: Action) -> Sequence[Action]:
+        match action:
+            case Spawn():
+                return self._spawn(action.worker)
+            case Welcome():
+                self._welcome(action.worker, guessed=action.guessed)
+            case Terminate():
+                self.processes[action.worker].send_signal(self._options.stop_signal)
+            case Kill():
+                process = self.processes[action.worker]
+                say(f"killing worker {process.pid}: {action.why}")
+                process.kill()
+            case Settle():
+                self._settle(action)
+            case Enter():
+                self._enter(action.phase)
+            case Exit():
+                self._code = action.code
+                for client in self._waiting_for_the_end:
+                    client.answer(action.code, "stopped")
+        return ()
+
+    def _enter(self, phase: Phase) -> None:
+        self._upstream.enter(phase, time.monotonic())
+        seconds = {Phase.SOAKING: self._options.soak, Phase.LEAVING: self._options.stop_delay}
+        if seconds.get(phase, math.inf):  # else it is over already
+            line = headline(self.machine, phase)
+            say(line)
+            self._upstream.status(line, time.monotonic())
+
+    def _spawn(self, worker: Worker) -> Sequence[Action]:
+        generation = worker.slot.generation
+        tail = self._tails.setdefault(generation.number, Tail())
+        try:
+            self._prepare(generation)
+            process = Process(
+                worker,
+                generation.command,
+                [*self.sockets.descriptors, *self.store.descriptors],
+                self._environs[generation.number],
+                lifeline=self._lifeline,
+                relay=self._output.relay(tail) if self._control else None,
+                watchdog=self._watchdog,
+            )
+        except (OSError, ValueError) as error:
+            say(f"cannot start a worker of generation {generation.number}: {error}")
+            tail.add(f"{error}\n".encode(errors="replace"))
+            return self.machine.ended(worker, _CANNOT_START, time.monotonic())
+        self.processes[worker] = process
+        self._loop.watch(process.receiver.fileno(), lambda _events: self._hear(process))
+        self._loop.watch(process.child.fileno(), lambda _events: self._ended(process))
+        if self._nice:
+            nice.lower(process.pid, self._nice)
+        return ()
+
+    def _prepare(self, generation: Generation) -> None:
+        """Do what is done once for each generation, before its first worker starts."""
+        if generation.number in self._environs:
+            return
+        alive = (self.machine.current, self.machine.successor, *self.machine.draining, generation)
+        numbers = {one.number for one in alive if one}
+        self._environs = {number: known for number, known in self._environs.items() if number in numbers}
+        self._tails = {number: tail for number, tail in self._tails.items() if number in numbers}
+        environ = dict(self._environ)
+        if self._options.env_file:
+            environ.update(surroundings.read_env_file(self._options.env_file))
+        environ["SDLISTEN_GENERATION"] = str(generation.number)
+        environ["SDLISTEN_FDSTORE"] = str(STORE_MAX)
+        if self._options.control:
+            environ["SDLISTEN_CONTROL"] = os.path.abspath(self._options.control)
+        if self._watchdog < math.inf:
+            # Without WATCHDOG_PID: the pid is not known yet, and sd_watchdog_enabled(3) can do without.
+            environ["WATCHDOG_USEC"] = str(round(self._watchdog * 1e6))
+        self._environs[generation.number] = environ
+        if generation.command != self._command_of_the_sockets:
+            # Once for a program, not for each start: all share the flag, and a generation that has made the
+            # sockets non-blocking for its event loop would wait in accept(2) while its successor starts.
+            self._command_of_the_sockets = generation.command
+            self.sockets.set_blocking(not self._options.non_blocking)
+
+    def _welcome(self, worker: Worker, *, guessed: bool) -> None:
+        process = self.processes[worker]
+        if self._nice:
+            nice.restore(process.pid)
+        if guessed:
+            say(
+                f"worker {process.pid} is TAKEN for ready after {self._options.guess:g} s: a guess, for it "
+                f"never said READY=1. Clients may wait, or a broken version be let in."
+            )
+
+    def _settle(self, action: Settle) -> None:
+        """Tell everybody what became of a roll."""
+        number = action.generation.number if action.generation else 0
+        text, code = f"generation {number} serves", 0
+        if action.outcome is not Outcome.SERVES:
+            code = _REFUSED
+            text = f"the roll to generation {number} was refused: {action.why}"
+            if action.outcome is Outcome.STOPPED:
+                text = f"the roll was given up: {action.why}"
+            elif action.outcome is Outcome.FAILED:
+                text = f"generation {number} failed: {action.why}"
+            say(text)
+            self._upstream.status(text, time.monotonic())
+        wrote = str(self._tails.get(number, "")) if action.outcome is Outcome.REFUSED else ""
+        for requester in action.requesters:
+            if isinstance(requester, Client):
+                requester.answer(code, text, stderr=wrote, outcome=action.outcome.value)
+
+
+def _number(fields: Mapping[str, str], name: str) -> int | None:
+    """Return a number of a message; None if it is not there, or none."""
+    try:
+        return int(value_of(name, fields[name]))
+    except (KeyError, MessageError):
+        return None
+
+
+def _chance() -> float:
+    # The random module would cost 1 MiB, and this is asked for after crashes only.
+    return os.urandom(1)[0] / 255
+
+
+def _is_command(words: object) -> TypeGuard[list[str]]:
+    if not isinstance(words, list) or not words:
+        return False
+    return all(isinstance(word, str) and "\0" not in word for word in words)
+
+
+@contextlib.contextmanager
+def _pid_file(path: str) -> Iterator[None]:
+    """Keep our pid in a file; it is there whole or not at all, and is removed only while it is ours."""
+    text = f"{os.getpid()}\n"
+    draft = f"{path}.{os.getpid()}"
+    with open(draft, "w", encoding="ascii") as file:
+        file.write(text)
+    os.replace(draft, path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+            if file.read() == text:
+                os.unlink(path)

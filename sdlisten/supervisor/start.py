@@ -1,0 +1,43 @@
+"""From words to a running supervisor, in the image that stays."""
+
+from __future__ import annotations
+
+import contextlib
+
+from sdlisten.errors import ActivationError, AddressError
+from sdlisten.notifier import Notifier, watchdog_timeout
+from sdlisten.supervisor.options import Options
+from sdlisten.supervisor.output import say
+from sdlisten.supervisor.runner import Supervisor
+from sdlisten.supervisor.sockets import Sockets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ("main",)
+
+_FAILED, _CONFIGURATION = 1, 78
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a supervisor.
+
+    Args:
+        words: What `Options.to_words` wrote.
+
+    Returns:
+        The exit code.
+    """
+    options = Options.from_words(words)
+    watchdog = watchdog_timeout()
+    notifier = Notifier.from_environ(unset_environment=True)
+    try:
+        with contextlib.closing(Sockets.obtain(options.listen)) as sockets:
+            return Supervisor(options, sockets, notifier, watchdog).run()
+    except (ActivationError, AddressError) as error:
+        say(str(error))
+        return _CONFIGURATION
+    except OSError as error:
+        say("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        return _FAILED

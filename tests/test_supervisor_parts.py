@@ -1,0 +1,429 @@
+"""The small parts of the supervisor: loop, stderr, descriptor store, priorities, control socket."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import math
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sdlisten.notifier import Notifier
+from sdlisten.receiver import Receiver
+from sdlisten.supervisor import nice, output
+from sdlisten.supervisor.control import LINE_MAX, Client, Control
+from sdlisten.supervisor.loop import Loop, Signals
+from sdlisten.supervisor.output import Output, Tail, say
+from sdlisten.supervisor.phase import Phase
+from sdlisten.supervisor.store import STORE_MAX, Store
+from sdlisten.supervisor.upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give two sockets that are connected."""
+    left, right = socket.socketpair()
+    with left, right:
+        yield left, right
+
+
+def test_the_loop_calls_back(pair: tuple[socket.socket, socket.socket]) -> None:
+    """As often as there is something to read, until it is forgotten; forgetting twice is harmless."""
+    loop = Loop()
+    events: list[int] = []
+    loop.watch(pair[0].fileno(), events.append)
+    loop.wait(0)
+    pair[1].send(b"x")
+    loop.wait(math.inf)
+    loop.wait(math.inf)
+    loop.forget(pair[0].fileno())
+    loop.forget(pair[0].fileno())
+    loop.wait(0)
+
+    assert events == [select.POLLIN] * 2
+
+
+def test_a_callback_may_forget_another(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Who was forgotten is not called, though it was ready in the same moment."""
+    loop = Loop()
+    called: list[int] = []
+
+    def callback(number: int, _events: int) -> None:
+        called.append(number)
+        for sock in pair:
+            loop.forget(sock.fileno())
+
+    for number, sock in enumerate(pair):
+        loop.watch(sock.fileno(), functools.partial(callback, number))
+        sock.send(b"x")
+    loop.wait(math.inf)
+
+    assert len(called) == 1
+
+
+def test_signals_are_something_to_read() -> None:
+    """Each that came is taken once, whoever had blocked them; afterwards all is as it was."""
+    handler = signal.getsignal(signal.SIGUSR1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        with Signals([signal.SIGUSR1, signal.SIGUSR2]) as signals:
+            signal.raise_signal(signal.SIGUSR2)
+            signal.raise_signal(signal.SIGUSR2)
+            loop = Loop()
+            taken: list[int] = []
+            loop.watch(signals.fileno(), lambda _events: taken.extend(signals.take()))
+            loop.wait(math.inf)
+            assert sorted(taken) == [signal.SIGUSR1, signal.SIGUSR2]
+            assert signals.take() == []
+        assert signal.getsignal(signal.SIGUSR1) == handler
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_our_lines_can_be_told(capfd: pytest.CaptureFixture[str]) -> None:
+    """Each line of ours has its mark, whatever is in it, and an end."""
+    say("one\ntwo \udcff")
+
+    assert capfd.readouterr().err == "sdlisten: one\nsdlisten: two \\udcff\n"
+
+
+def test_our_lines_do_not_wait(stderr: tuple[int, int]) -> None:
+    """What there is no room for is lost: the supervisor has to go on."""
+    reader, writer = stderr
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+    say("lost")
+
+    assert b"lost" not in os.read(reader, 2**20)
+    say("x" * 10_000)
+    assert os.read(reader, 2**20) == b"sdlisten: " + b"x" * 1024 + b"\n"
+
+
+def test_the_tail_is_short() -> None:
+    """Of what was written the last twenty lines are remembered, and no more than 4 KiB."""
+    tail = Tail()
+    tail.add(b"".join(b"%d\n" % number for number in range(100)))
+    assert str(tail) == "\n".join(map(str, range(80, 100)))
+    tail.add(b"x" * 10_000)
+    assert str(tail) == "x" * 4096
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """Give a pipe that stands for our stderr."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(output, "_STDERR", writer)
+    yield reader, writer
+    for fd in (reader, writer):
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def test_a_worker_waits_for_a_slow_reader(stderr: tuple[int, int]) -> None:
+    """While our stderr is full nothing is taken from the worker; afterwards all arrives, in order."""
+    reader, writer = stderr
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    loop = Loop()
+    out = Output(loop)
+    relays = [out.relay(Tail()), out.relay(Tail())]
+    for relay in relays:
+        os.write(relay.writer, b"word")
+        relay.close_writer()
+    loop.wait(math.inf)
+    loop.wait(0)
+    os.read(reader, 2**20)
+    for _ in range(4):
+        loop.wait(0)
+    out.close()
+    os.close(writer)
+
+    rest = b"".join(iter(lambda: os.read(reader, 65536), b""))
+    assert rest.endswith(b"wordword")
+
+
+def test_nobody_reads_our_stderr(stderr: tuple[int, int]) -> None:
+    """Then the words of the workers are lost, and they do not have to wait."""
+    reader, _ = stderr
+    os.close(reader)
+    out = Output(Loop())
+    relay = out.relay(Tail())
+    os.write(relay.writer, b"word")
+
+    assert relay.forward()
+    assert not relay.forward()
+    say("nobody hears this")
+    out.close()
+    assert not relay.forward()
+    relay.watch()
+
+
+def test_the_store_has_a_limit() -> None:
+    """What does not fit is closed, as by systemd; the same descriptor is not kept twice."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    loop = Loop()
+    store = Store(loop)
+    try:
+        for number in range(STORE_MAX + 5):
+            store.heed({"FDSTORE": "1", "FDNAME": f"n{number}", "FDPOLL": "0"}, [os.memfd_create("x")])
+        assert len(store) == STORE_MAX
+        store.heed({"FDSTOREREMOVE": "1", "FDNAME": "n7"}, [])
+        store.heed({"FDSTOREREMOVE": "1"}, [])
+        kept = store.descriptors[0][0]
+        store.heed({"FDSTORE": "1"}, [os.dup(kept)])
+        assert len(store) == STORE_MAX - 1
+    finally:
+        store.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_names_in_the_store() -> None:
+    """A name that is none becomes "stored", a message that says nothing of the store keeps nothing."""
+    store = Store(Loop())
+    store.heed({"FDSTORE": "1", "FDNAME": "a:b"}, [os.memfd_create("x")])
+    store.heed({"READY": "1"}, [os.memfd_create("x")])
+
+    assert [name for _, name in store.descriptors] == ["stored"]
+    store.close()
+
+
+def test_whoever_hangs_up_leaves_the_store(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Unless FDPOLL=0 came with it."""
+    loop = Loop()
+    store = Store(loop)
+    store.heed({"FDSTORE": "1"}, [os.dup(pair[0].fileno())])
+    pair[1].close()
+    loop.wait(math.inf)
+
+    assert len(store) == 0
+
+
+STAT = (
+    "import os, threading, sys; t = threading.Thread(target=sys.stdin.read); t.start(); child = os.fork()\n"
+)
+
+
+@pytest.mark.skipif(not nice.can_return(), reason="needs CAP_SYS_NICE or RLIMIT_NICE to come back")
+def test_priorities_come_back() -> None:
+    """A process that was niced gets its priority back, with its threads and its children."""
+    code = f"{STAT}if child: print(child, flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        nice.lower(process.pid, 5)
+        pids = [process.pid, int(process.stdout.readline())]
+        niced = [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids]
+        nice.restore(process.pid)
+        threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]
+        back = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+        os.kill(pids[1], signal.SIGKILL)
+        process.stdin.close()
+
+    assert niced[0] == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert back == {os.getpriority(os.PRIO_PROCESS, 0)}
+    nice.restore(process.pid)
+    nice.lower(2**22 + 1, 5)
+
+
+def test_there_may_be_no_way_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the capability and without the limit a process that was niced would stay so."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (0, 0))
+    effective = tmp_path / "status"
+    for capabilities, expected in (("0000000000000000", False), ("0000000000800000", True)):
+        effective.write_text(f"Name:\tx\nCapEff:\t{capabilities}\n")
+        monkeypatch.setattr("builtins.open", lambda *_args, _open=open, **_options: _open(effective))
+        assert nice.can_return() is expected
+        monkeypatch.undo()
+        monkeypatch.setattr(resource, "getrlimit", lambda _what: (0, 0))
+    monkeypatch.setattr("builtins.open", missing)
+    assert not nice.can_return()
+    monkeypatch.undo()
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (20, 20))
+    assert nice.can_return()
+
+
+def missing(*_args: object, **_options: object) -> None:
+    """Fail as where /proc is not mounted."""
+    raise FileNotFoundError(errno.ENOENT, "no /proc")
+
+
+def test_what_a_manager_must_not_miss() -> None:
+    """While its queue is full its words are kept, in order; of the texts only the last one."""
+    with Receiver() as receiver:
+        upstream = Upstream(Notifier(receiver.address), None)
+        for _ in range(6):
+            upstream.enter(Phase.ROLLING, 0)
+            upstream.enter(Phase.SERVING, 0)
+            upstream.status("text", 0)
+        upstream.status("last text", 0)
+        upstream.enter(Phase.LEAVING, 0)
+        heard: list[str] = []
+        texts = []
+        while (due := upstream.next_deadline()) < math.inf:
+            while (received := receiver.receive()) is not None:
+                heard += received.assignments.keys() & {"READY", "RELOADING", "STOPPING"}
+                texts.append(received.assignments.get("STATUS"))
+            if heard[-1:] == ["STOPPING"]:
+                break
+            upstream.tick(due)
+
+    assert heard == ["RELOADING", "READY"] * 6 + ["STOPPING"]
+    assert texts[-1] == "last text"
+
+
+def test_a_manager_that_has_gone() -> None:
+    """It is not told everything when it comes back: only how it ended."""
+    with Receiver() as receiver:
+        upstream = Upstream(Notifier(receiver.address), None)
+    for _ in range(100):
+        upstream.enter(Phase.ROLLING, 0)
+        upstream.enter(Phase.SERVING, 0)
+    upstream.enter(Phase.ROLLING, 0)
+    upstream.enter(Phase.STOPPING, 0)
+
+    assert upstream._unsent[-3:] == ["RELOADING=1", "READY=1", "STOPPING=1"]
+    assert len(upstream._unsent) <= 16
+    assert Upstream(Notifier(None), None).next_deadline() == math.inf
+
+
+class Asked:
+    """A control socket and who asked there."""
+
+    def __init__(self, path: Path) -> None:
+        self.loop = Loop()
+        self.questions: list[tuple[Mapping[str, object], Client]] = []
+        self.path = str(path)
+        self.control = Control(
+            self.path, self.loop, lambda question, client: self.questions.append((question, client))
+        )
+
+    def connect(self) -> socket.socket:
+        """Connect, and let the other side see it."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        sock.connect(self.path)
+        self.loop.wait(math.inf)
+        return sock
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Iterator[Asked]:
+    """Give a control socket."""
+    asked = Asked(tmp_path / "control")
+    yield asked
+    asked.control.close()
+
+
+def answer(sock: socket.socket) -> dict[str, Any]:
+    """Read an answer."""
+    found: dict[str, Any] = json.loads(b"".join(iter(lambda: sock.recv(65536), b"")))
+    return found
+
+
+def test_a_question_in_parts(asked: Asked) -> None:
+    """It is understood when its line is whole, and answered once."""
+    with asked.connect() as sock:
+        for part in (b'{"do"', b': "x"}\n'):
+            sock.send(part)
+            asked.loop.wait(math.inf)
+        ((question, client),) = asked.questions
+        client.answer(0, "fine", more=1)
+        client.answer(1, "again")
+        assert (question, answer(sock)) == ({"do": "x"}, {"code": 0, "text": "fine", "more": 1})
+
+
+def test_an_answer_that_is_too_long(asked: Asked) -> None:
+    """It is cut to what programs can read."""
+    with asked.connect() as sock:
+        sock.send(b"{}\n")
+        asked.loop.wait(math.inf)
+        asked.questions[0][1].answer(0, "x" * LINE_MAX, more="y")
+        assert answer(sock) == {"code": 0, "text": "x" * 4096}
+
+
+def test_clients_that_go_away(asked: Asked) -> None:
+    """Before the question, by a reset, after the question: nobody is left, nobody is answered."""
+    for text in (b"", b"{}\n"):
+        sock = asked.connect()
+        if text:
+            sock.send(text)
+            asked.loop.wait(math.inf)
+        sock.close()
+        asked.loop.wait(math.inf)
+    asked.questions[0][1].answer(0, "nobody")
+
+    assert asked.control.next_deadline() == math.inf
+
+
+def test_clients_of_other_users(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is neither us nor root is turned away."""
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    if uid == 0:
+        monkeypatch.setattr("sdlisten.supervisor.control._ROOT", -1)
+    with asked.connect() as sock:
+        assert sock.recv(1) == b""
+
+
+def test_no_descriptor_left_for_a_client(asked: Asked) -> None:
+    """Then nobody is accepted for a second, instead of trying all the time; afterwards whoever waits is."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(asked.path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            asked.loop.wait(math.inf)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        due = asked.control.next_deadline()
+        asked.loop.wait(0)
+        assert due < time.monotonic() + 2
+        asked.control.tick(due)
+        asked.loop.wait(math.inf)
+        assert asked.control.next_deadline() > due + 1
+
+
+def test_a_client_that_left_before(asked: Asked) -> None:
+    """A wake-up for nobody is none."""
+    asked.control._accept(0)
+
+    assert asked.control.next_deadline() == math.inf
+
+
+def test_a_path_that_is_taken(asked: Asked) -> None:
+    """Two supervisors cannot have one control socket."""
+    with pytest.raises(OSError, match="in use"):
+        Control(asked.path, asked.loop, lambda *_: None)
+
+
+def test_who_takes_too_long_to_ask(asked: Asked) -> None:
+    """After five seconds the client is let go."""
+    with asked.connect() as sock:
+        assert time.monotonic() + 4 < asked.control.next_deadline() < time.monotonic() + 6
+        asked.control.tick(time.monotonic() + 6)
+        assert sock.recv(1) == b""
