@@ -15,8 +15,8 @@ A page is followed as a reader follows it, in a directory of its own:
 
 Before one that cannot run here goes ``<!-- skip: next "reason" -->``. Other languages are left alone. What
 runs uses free ports instead of 8080 and 9090, and a directory of the page instead of /run; what it writes is
-read as if it had used those. In that may differ: white space, numbers of four digits and more, seconds, and
-what stands at ``...``.
+read as if it had used those. In that may differ: white space, numbers of four digits and more, seconds and
+milliseconds, how many requests and processes there were, and what stands at ``...``.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ WILD = {
     r"\.\.\.": r".*",
     r"sdlisten-demo-\w+": r"sdlisten-demo-\w+",
     r"\d+\.\d+(?= ?s\b)": r"\d+\.\d+",
+    r"[\d,]+(?= requests answered)": r"[\d,]+",
+    r"\d+(?= (?:ms|processes)\b)": r"\d+",
     r"\d{4,}": r"\d+",
     r"\s+": r"\s+",
 }
