@@ -7,11 +7,13 @@ import contextlib
 import fcntl
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -34,6 +36,7 @@ from sdlisten.testing import Activated, activate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 DEADLINE = 20.0
 
@@ -53,6 +56,8 @@ async def handler(connection):
             line = await reader.readline()
         if line == b"environ\\n":
             line = ",".join(os.environ).encode() + b"\\n"
+        if line == b"pid\\n":
+            line = b"%d\\n" % os.getpid()
         writer.write((b"last " if connection.closing else b"more ") + line)
         await writer.drain()
 
@@ -402,6 +407,44 @@ def test_run_leaves_the_signals_as_it_found_them() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def unavailable(reason: str) -> None:
+    """Skip here, fail where nothing may be skipped."""
+    if os.environ.get("SDLISTEN_NO_SKIP") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.mark.parametrize("options", ["{}", "dict(loop_factory=__import__('uvloop').new_event_loop)"])
+def test_a_kept_connection_costs_no_system_call_of_its_own(tmp_path: Path, options: str) -> None:
+    """Between two requests idle() waits in the call of the loop: a request is a recv, a send, a wake-up."""
+    if shutil.which("strace") is None:
+        unavailable("strace is not installed")
+    log = tmp_path / "strace"
+    traced = ["strace", "-qq", "-o", str(log), "-e", "trace=%network,%desc"]
+    # LISTEN_PID is strace's until `sdlisten exec` rewrites it.
+    command = [*traced, sys.executable, "-m", "sdlisten", "exec", "--", sys.executable, "-c", DAEMON]
+    number = 200
+    with activate(command, ["line=127.0.0.1:0"], env={"OPTIONS": options}) as running:
+        try:
+            running.wait_ready()
+        except ChildProcessError:
+            unavailable(f"strace may not trace here: {running.output}")
+        with Client(running.listeners[0]) as client:
+            pid = int(client.ask(b"pid").split()[1])
+            began = len(log.read_text().splitlines())
+            for _ in range(number):
+                assert client.ask(b"x") == b"more x\n"
+            lines = log.read_text().splitlines()[began:]
+        os.kill(pid, signal.SIGTERM)  # strace does not listen
+        assert ended(running) == 0
+    calls = Counter(line.partition("(")[0] for line in lines)
+    wakeups = {"epoll_wait", "epoll_pwait"}
+    each = {name: count / number for name, count in calls.items() if name not in wakeups}
+    per_request = {name: count for name, count in each.items() if count > 0.05}  # not what happens once
+    wanted = {"recvfrom": 1.0, "sendto": 1.0} | ({"getsockopt": 1.0} if "uvloop" in options else {})
+    assert per_request == pytest.approx(wanted, abs=0.05), each
 
 
 def test_uvloop_can_be_asked_for() -> None:

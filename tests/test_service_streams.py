@@ -393,3 +393,25 @@ def test_an_end_that_cannot_be_sent_is_an_error(run: Run) -> None:
                 await pair.writer.drain()
 
     run(test())
+
+
+def test_a_busy_client_does_not_starve_the_others(run: Run) -> None:
+    """However fast a client sends, each portion of its bytes goes through the loop: others have turns."""
+
+    async def test() -> None:
+        with Pair() as pair:
+            pair.far.setblocking(False)
+            turns: list[int] = []
+
+            def turn() -> None:
+                turns.append(1)
+                handle[0] = asyncio.get_running_loop().call_soon(turn)
+
+            handle = [asyncio.get_running_loop().call_soon(turn)]
+            for _ in range(50):
+                pair.far.send(b"x" * 100)
+                assert await pair.reader.read(100) == b"x" * 100
+            handle[0].cancel()
+            assert len(turns) >= 49
+
+    run(test())

@@ -212,8 +212,9 @@ class SocketReader(Reader):
 
     async def _wait(self, waiter: Future[None]) -> None:
         if not self._watching:
-            # The first bytes are often here already; a second look later would cost more than this one.
-            if self._receive():
+            # The first bytes are often here already, which saves the loop. Later ones go through it: a client
+            # that sends faster than we answer must not keep everybody else waiting.
+            if not self.received and self._receive():
                 return
             self._loop.add_reader(self._fd, self._on_readable)
             self._watching = True
