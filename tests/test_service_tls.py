@@ -17,6 +17,7 @@ import uvloop
 from sdlisten import Connection, DrainReport, Notifier, Service
 from sdlisten.address import parse_address
 from sdlisten.adopt_or_bind import bind
+from sdlisten.service.tls import StreamProtocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -474,3 +475,22 @@ def test_protocols_that_raise_disturb_nobody(
     run(test())
     assert "cannot make" in caplog.text
     assert "cannot drain" in caplog.text
+
+
+def test_ends_are_harmless_twice(run: Run) -> None:
+    """A transport that was never made is aborted in vain, and one that is lost is lost once."""
+
+    async def scenario() -> None:
+        protocol = StreamProtocol(asyncio.get_running_loop())
+        protocol.abort()
+        here, there = socket.socketpair()
+        with there:
+            here.setblocking(False)
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.create_connection(lambda: protocol, sock=here)
+            protocol.abort()
+            await protocol.lost
+            protocol.connection_lost(None)
+            assert transport.is_closing()
+
+    run(scenario())

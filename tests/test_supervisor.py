@@ -669,6 +669,8 @@ def test_what_a_worker_finds(run: Callable[..., Running]) -> None:
 import json
 ours = ("LISTEN", "SDLISTEN", "WATCHDOG", "NOTIFY", "MINE", "FDSTORE")
 facts = {name: value for name, value in os.environ.items() if name.startswith(ours)}
+for name in ("BASE_IMAGE", "COVERAGE", "NO_SKIP", "ROUNDS", "WHEEL"):
+    facts.pop(f"SDLISTEN_{name}", None)  # of the tests
 facts["fds"] = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:7]
 facts["own"] = int(facts.pop("LISTEN_PID")) == os.getpid()
 print(json.dumps(facts), end="|"); sys.stdout.flush()
