@@ -41,6 +41,11 @@ class Pair(NamedTuple):
         return self.socket.endswith("-user.socket")
 
     @property
+    def user(self) -> str:
+        """Whose manager runs it."""
+        return "alice" if self.of_a_user else "root"
+
+    @property
     def per_connection(self) -> bool:
         """Whether systemd accepts, and starts an instance for each connection."""
         return "@" in self.service
@@ -65,7 +70,26 @@ def pairs() -> Iterator[Pair]:
 
 
 PAIRS = list(pairs())
-each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=str)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """What of units/ is installed."""
+    found: Pair = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(machine: Machine, pair: Pair) -> Iterator[Machine]:
+    """The machine on which it is installed."""
+    with machine.cleanup():
+        apps.install(machine)
+        if pair.of_a_user:
+            machine.add_user(pair.user)
+        machine.units(*pair.files, user=pair.of_a_user)
+        if pair.of_a_user:
+            machine.systemctl("daemon-reload", user=pair.user)
+        yield machine
 
 
 def test_every_file_belongs_to_a_pair() -> None:
@@ -76,50 +100,39 @@ def test_every_file_belongs_to_a_pair() -> None:
     assert found - quadlets - {"README.md"} == {name for pair in PAIRS for name in pair.files}
 
 
-@each_pair
-def test_clean(machine: Machine, pair: Pair) -> None:
+def test_clean(installed: Machine, pair: Pair) -> None:
     """`systemd-analyze verify` knows no fault, but what is too new for it; `security` gives 2.5 or less."""
-    machine.units(*pair.files, user=pair.of_a_user)
     directory = f"/etc/systemd/{'user' if pair.of_a_user else 'system'}"
-    mode = ["--user"] if pair.of_a_user else []
     units = [f"{directory}/{unit}" for unit in (pair.socket, pair.service)]
+    mode = ["--user"] if pair.of_a_user else []
 
-    verify = machine.run(["systemd-analyze", "verify", *mode, *units], env={"XDG_RUNTIME_DIR": "/run"})
+    verify = installed.run(["systemd-analyze", "verify", *mode, *units], user=pair.user)
 
     assert verify.code == 0, verify.output
-    if machine.release.systemd >= pair.since:
+    if installed.release.systemd >= pair.since:
         assert verify.output == ""
     else:
         assert pair.drop_in in verify.output
 
     if not pair.of_a_user:
         analyze = ["systemd-analyze", "security", "--offline=yes", f"--threshold={EXPOSURE_LIMIT}"]
-        security = machine.run([*analyze, pair.service])
+        security = installed.run([*analyze, pair.service])
         assert "Overall exposure level" in security.output
         assert security.code == 0, security.output.splitlines()[-1]
 
 
-@each_pair
-def test_answers(machine: Machine, pair: Pair) -> None:
-    """The first client starts the service, and is answered: by its main process, by a child, or by its own."""
-    user = "alice" if pair.of_a_user else "root"
-    if pair.of_a_user:
-        machine.add_user(user)
-    apps.install(machine)
-    machine.units(*pair.files, user=pair.of_a_user)
-    if pair.of_a_user:
-        machine.systemctl("daemon-reload", user=user)
-    machine.systemctl("start", pair.socket, user=user)
+def test_answers(installed: Machine, pair: Pair) -> None:
+    """The first client starts the service, and is answered by it, or by an instance of its own."""
+    installed.systemctl("start", pair.socket, user=pair.user)
     show = ["show", "--value", "--property=Listen", pair.socket]
-    addresses = re.findall(r"(.+) \(Stream\)", machine.systemctl(*show, user=user))
+    addresses = re.findall(r"(.+) \(Stream\)", installed.systemctl(*show, user=pair.user))
     assert addresses
 
-    pids = [apps.get_inside(machine, address, user=user) for address in addresses * 2]
+    pids = [apps.get_inside(installed, address, user=pair.user) for address in addresses * 2]
 
     if pair.per_connection:
         assert len(set(pids)) == len(pids)
     else:
-        main = machine.systemctl("show", "--value", "--property=MainPID", pair.service, user=user)
-        if "supervised" in pair.drop_in:  # its workers answer
-            main = machine.sh(f"cat /proc/{main}/task/{main}/children")
-        assert {str(pid) for pid in pids} <= set(main.split())
+        # The line of the hierarchy that systemd manages.
+        cgroups = installed.sh(["grep", "-h", "^0::", *(f"/proc/{pid}/cgroup" for pid in pids)]).splitlines()
+        assert [cgroup.rpartition("/")[2] for cgroup in cgroups] == [pair.service] * len(pids)
