@@ -108,7 +108,7 @@ def test_exposure(machine: Machine, pair: Pair) -> None:
 
 @each_pair
 def test_answers(machine: Machine, pair: Pair) -> None:
-    """The first client starts the service, and is answered: by its main process, by a child, or by its own."""
+    """The first client starts the service, and is answered by its main process, a child of it, or its own."""
     user = "alice" if pair.of_a_user else "root"
     if pair.of_a_user:
         machine.add_user(user)
