@@ -9,7 +9,7 @@ import pytest
 from sdlisten.load import LoadProcess
 
 from .container import eventually
-from .images import RELEASES, _build, _made
+from .images import RELEASES, _build, _made, base
 from .machine import UNITS, Machine
 from .session import LABEL, SESSION
 from .test_pid1 import image
@@ -44,9 +44,9 @@ NO_CGROUPS = "[Container]\nPodmanArgs=--cgroups=disabled\n"
 
 
 @pytest.fixture
-def nested(engine: docker.DockerClient, images: Callable[..., str], network: str) -> Iterator[Machine]:
-    """Give a machine with systemd 257 and Podman; its containers lie on a volume, for overlays do not stack."""
-    install = INSTALL.format(parent=images(TRIXIE))
+def nested(engine: docker.DockerClient, network: str) -> Iterator[Machine]:
+    """Give a machine with systemd 257 and Podman, whose storage is a volume: overlays do not stack."""
+    install = INSTALL.format(parent=base(engine, TRIXIE))
     tag = _made(engine, "sdlisten-podman:trixie", [install], lambda tag: _build(engine, tag, install))
     volume = engine.volumes.create(labels={LABEL: SESSION})
     try:
@@ -77,12 +77,12 @@ def test_quadlet(
     nested.units("hello-podman.socket")
     nested.systemctl("start", "hello-podman.socket")
     try:
-        with LoadProcess(f"{nested.ip}:8082", mode="keep", clients=8, rate=100, quiet=True) as load:
-            load.wait_started()
+        with LoadProcess(f"{nested.ip}:8082", mode="keep", clients=8, rate=100, quiet=True) as clients:
+            clients.wait_started()
             assert nested.show(UNIT, "ActiveState") == "active"
             for _ in range(rounds(2)):
                 nested.systemctl("reload", UNIT, timeout=60)
-            result = load.stop()
+            result = clients.stop()
     except BaseException:
         print(nested.journal(UNIT), nested.run(["systemctl", "cat", UNIT]).output)  # noqa: T201 -- what it said
         raise
