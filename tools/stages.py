@@ -199,8 +199,7 @@ def _test(runner: _Runner) -> None:
     # Coverage is measured on the oldest; on the others the tests run undisturbed.
     first = [(oldest, {"SDLISTEN_COVERAGE": "1"}), (f"coverage-{pythons[0].minor}", {})]
     checks: list[tuple[str, dict[str, str]]] = [("lint", {}), ("types", {}), ("docs", {})]
-    checks += [(session, {}) for session in others[:1]]
-    first += [(session, {}) for session in others[1:]]
+    checks += [(session, {}) for session in others]
     integration: list[tuple[str, dict[str, str]]] = [("integration", {})] if _has_integration() else []
     runner.side_by_side(*filter(None, (first, checks, integration)))
 
