@@ -490,6 +490,20 @@ def test_a_worker_without_a_sign_of_life_is_killed_and_replaced() -> None:
     assert told.machine.next_deadline() == told.now + 2  # never ready: it is given 2 s to go
 
 
+def test_a_killed_worker_is_not_told_to_drain() -> None:
+    """Who was killed, and has not ended yet when the successor takes over, gets no second order."""
+    told = Told(watchdog=5, workers=2).serving()
+    hung, sound = told.current.workers
+    told.machine.alive(hung, told.now)
+    assert told.pass_time(5) == [Kill(hung, "no sign of life (WATCHDOG=1)")]
+
+    told.roll("me")
+    for worker in told.successor.workers:
+        told.ready(worker)
+
+    assert (hung.state, sound.state) == (WorkerState.KILLED, WorkerState.DRAINING)
+
+
 def test_a_program_that_never_notifies_is_taken_for_ready() -> None:
     """With a guess the time alone makes it ready."""
     told = Told(guess=2)
