@@ -25,6 +25,7 @@ PYTHONS = nox.project.python_versions(PROJECT)
 NO_SKIP = os.environ.get("SDLISTEN_NO_SKIP") == "1"
 WHEELS = ROOT / "build" / "wheel"
 COVERAGE = ROOT / "build" / "coverage"
+SUITE = "integration/test_suite.py"
 
 # Errors only: some machines' pip warns about each place that it looks at.
 os.environ.setdefault("PIP_QUIET", "2")
@@ -153,7 +154,16 @@ def integration(session: nox.Session) -> None:
     """Run integration/ on the built wheel."""
     install_for_tests(session, "integration")
     install_wheel(session)
-    run_pytest(session, "pytest", "integration", *session.posargs)
+    # SUITE takes as long as all of tests/, whose run on one more Python it is: it has a session of its own.
+    run_pytest(session, "pytest", "integration", f"--ignore={SUITE}", *session.posargs)
+
+
+@nox.session
+def suite(session: nox.Session) -> None:
+    """Run tests/ on the newest release of the integration tests, inside its image."""
+    install_for_tests(session, "integration")
+    install_wheel(session)
+    run_pytest(session, "pytest", SUITE, *session.posargs)
 
 
 @nox.session

@@ -41,7 +41,8 @@ _BUDGETS = {
     "tests": 240,
     "coverage": 15,
     "docs": 30,
-    "integration": 420,
+    "integration": 480,
+    "suite": 150,
     "soak": 3600,
 }
 _SOAK_ROUNDS = "20"
@@ -200,8 +201,11 @@ def _test(runner: _Runner) -> None:
     first = [(oldest, {"SDLISTEN_COVERAGE": "1"}), (f"coverage-{pythons[0].minor}", {})]
     checks: list[tuple[str, dict[str, str]]] = [("lint", {}), ("types", {}), ("docs", {})]
     checks += [(session, {}) for session in others]
-    integration: list[tuple[str, dict[str, str]]] = [("integration", {})] if _has_integration() else []
-    runner.side_by_side(*filter(None, (first, checks, integration)))
+    containers: list[tuple[str, dict[str, str]]] = []
+    if _has_integration():
+        first.append(("suite", {}))
+        containers.append(("integration", {}))
+    runner.side_by_side(*filter(None, (first, checks, containers)))
 
 
 def _soak(runner: _Runner) -> None:
