@@ -45,6 +45,7 @@ def test_store_behind_a_relay(image: str, podman: Mapping[str, str]) -> None:
     run = alone("podman", "run", "--rm", "--network=none", "--sdnotify=container", image, *command)
     with activate(run, [], env=podman) as container:
         container.wait_ready(SECONDS)
+        container.wait_output(" told\n", SECONDS)  # READY=1 goes another way, and may be faster
         line = next(line for line in container.output.splitlines() if line.endswith(" told"))
         said = [name for message in container.messages for name in message]
         assert container.terminate(SECONDS) == 0

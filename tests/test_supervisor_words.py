@@ -108,6 +108,7 @@ def test_an_isolated_interpreter_stays_isolated(monkeypatch: pytest.MonkeyPatch)
     class Flags:
         isolated = 1
         safe_path = False
+        ignore_environment = 1  # argparse of 3.14 asks, for its colours
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "flags", Flags)
