@@ -79,7 +79,8 @@ def test_quadlet(
     try:
         with LoadProcess(f"{nested.ip}:8082", mode="keep", clients=8, rate=100, quiet=True) as clients:
             clients.wait_started()
-            assert nested.show(UNIT, "ActiveState") == "active"
+            # It answers a moment before its READY=1 has come through Podman.
+            eventually(lambda: nested.show(UNIT, "ActiveState"), "active".__eq__)
             for _ in range(rounds(2)):
                 nested.systemctl("reload", UNIT, timeout=60)
             result = clients.stop()
