@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar
 
-from docker.utils.socket import frames_iter
 from testcontainers.core.container import DockerContainer
 
 from .session import LABEL, SESSION
@@ -243,19 +243,15 @@ class Container(DockerContainer):
             words = ["/bin/sh", "-c", 'XDG_RUNTIME_DIR=/run/user/$(id -u) exec "$@"', "sh", *words]
         # Measured inside: the engine cannot end what it has started by exec.
         words = ["timeout", "--kill-after=2", f"{timeout}", *words]
-        api = self.get_docker_client().client.api
-        process = api.exec_create(self.get_container_id(), words, user=user, environment=dict(env or {}))[
-            "Id"
-        ]
-        stream = api.exec_start(process, socket=True)
+        api: Any = self.get_docker_client().client.api  # docker-py keeps private what is needed below
+        created = api.exec_create(self.get_container_id(), words, user=user, environment=dict(env or {}))
+        stream = api.exec_start(created["Id"], socket=True)
         try:
-            pieces: list[tuple[int, bytes]] = list(frames_iter(stream, tty=False))  # type: ignore[no-untyped-call]
+            api._disable_socket_timeout(stream)  # timeout(1) is the limit
+            out, err = _outputs(stream._response.raw._fp.fp)
         finally:
             _close_response(stream)
-        code = api.exec_inspect(process)["ExitCode"]
-        out, err = (
-            b"".join(data for kind, data in pieces if kind == of).decode(errors="replace") for of in (1, 2)
-        )
+        code = api.exec_inspect(created["Id"])["ExitCode"]
         if code is None:
             raise AssertionError(f"{words} was cut off; {self._story()}")
         if code in {124, 137}:  # what timeout(1) says after TERM and after KILL
@@ -310,6 +306,22 @@ class Plain(Container):
 def _close_response(stream: Any) -> None:  # noqa: ANN401 -- docker-py has several kinds
     """Close the connection that `stream` reads from: docker-py itself leaves it to the garbage collector."""
     stream._response.close()
+
+
+def _outputs(reader: BinaryIO) -> tuple[str, str]:
+    """Read what a command writes to stdout and stderr until it ends, in the frames of the engine's API.
+
+    Not by docker-py's reader of the same frames: it reads past the buffer that the headers of the answer were
+    read with, and so loses what came along with them, which is everything if the command was quick.
+
+    Args:
+        reader: That buffer.
+    """
+    written: dict[int, bytes] = {1: b"", 2: b""}
+    while header := reader.read(8):
+        stream, length = struct.unpack(">BxxxI", header)
+        written[stream] += reader.read(length)
+    return written[1].decode(errors="replace"), written[2].decode(errors="replace")
 
 
 def _words(command: str | Sequence[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,6 +38,20 @@ try:
 except OSError as error:
     print(errno.errorcode[error.errno], flush=True)
 """
+
+
+def test_output_of_a_quick_command(plain: Callable[..., Plain], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command has written is complete also where it ended before the engine's answer was looked at."""
+    container = plain("sleep", "60")
+    begin = http.client.HTTPResponse.begin
+
+    def begin_late(response: http.client.HTTPResponse) -> None:
+        time.sleep(0.3)
+        begin(response)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "begin", begin_late)
+    assert container.run("echo first; echo second >&2; exit 3") == (3, "first\nsecond\n")
+    assert container.sh(["seq", "9999"]) == "\n".join(map(str, range(1, 10000)))
 
 
 @pytest.mark.parametrize("tini", [False, True], ids=["pid1", "tini"])
