@@ -25,6 +25,7 @@ from sdlisten.environment import LISTEN_FDS_START, VARIABLES, read_listen_enviro
 from sdlisten.errors import AlreadyTakenError, DescriptorError, NameNotFoundError
 from sdlisten.exec_shim import pidfdid
 from sdlisten.inherited import InheritedFd, join
+from sdlisten.lifeline import claim_lifeline
 from sdlisten.listener import Listeners
 
 TYPE_CHECKING = False
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from sdlisten.environment import ListenEnvironment
     from sdlisten.state import State
 
-__all__ = ("Activation", "close_untaken_stored", "listen_fds", "lock", "process_activation")
+__all__ = ("Activation", "close_untaken_stored", "lifeline", "listen_fds", "lock", "process_activation")
 
 lock = threading.RLock()
 """Held while deciding what to take. Read it from the module: a forked child gets a new one."""
@@ -51,9 +52,10 @@ class Activation:
     Attributes:
         descriptors: All of them, in the order of their numbers.
         absent: If there are none, the reason in words, for error texts; else "".
+        lifeline: After the claim, the number of what `sdlisten.lifeline` describes, or None; *borrowed*.
     """
 
-    __slots__ = ("_claimed", "_own", "_pid", "absent", "descriptors")
+    __slots__ = ("_claimed", "_own", "_pid", "absent", "descriptors", "lifeline")
 
     def __init__(self, environment: ListenEnvironment, *, own: bool, pid: int | None = None) -> None:
         """Look at every descriptor and change nothing; `current` and `from_environ` are the way in.
@@ -72,6 +74,7 @@ class Activation:
             for fd in range(LISTEN_FDS_START, last)
         )
         self.absent = environment.absent
+        self.lifeline: int | None = None
         self._pid = os.getpid() if pid is None else pid
         self._own = own
         self._claimed = False
@@ -127,6 +130,8 @@ class Activation:
             self._claimed = True
             if self._own:
                 _process = self
+                if self.descriptors and not self.forked:
+                    self.lifeline = claim_lifeline(LISTEN_FDS_START + len(self.descriptors))
                 for variable in VARIABLES:
                     os.environ.pop(variable, None)
                     os.unsetenv(variable)  # C code may have set it without telling os.environ
@@ -354,6 +359,11 @@ def close_untaken_stored() -> tuple[str, ...]:
         if _process is None or _process.forked:
             return ()
         return tuple(_process.close_untaken_stored())
+
+
+def lifeline() -> int | None:
+    """Return the number of what `sdlisten.lifeline` describes, *borrowed*; None in a forked child, too."""
+    return None if _process is None or _process.forked else _process.lifeline
 
 
 def _read(environ: Mapping[str, str], pid: int) -> ListenEnvironment:

@@ -22,15 +22,13 @@ import sys
 
 from sdlisten import exec_shim
 from sdlisten.environment import LISTEN_FDS_START, VARIABLES, write_listen_environment
+from sdlisten.lifeline import LIFELINE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ("LIFELINE", "Child", "spawn")
-
-LIFELINE = "SDLISTEN_LIFELINE_FD"
-"""The variable that tells a program the number of its lifeline."""
+__all__ = ("Child", "spawn")
 
 _RESETTABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 

@@ -16,7 +16,7 @@ from sdlisten.service.report import Counters, DrainReport, Outcome
 from sdlisten.service.rules import Rules
 from sdlisten.service.served import ServedConnection
 from sdlisten.service.table import Table
-from sdlisten.service.upkeep import Reloads, Watchdog, forget_untaken
+from sdlisten.service.upkeep import Lifeline, Reloads, Watchdog, forget_untaken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Service:
         self._notifier = Notifier.from_environ() if notifier is None else notifier
         self._watchdog = Watchdog(self._notifier, watchdog_timeout(), health)
         self._reloads = Reloads(self._notifier, on_reload)
+        self._lifeline = Lifeline(self.stop)
         self._endpoints = Endpoints()
         self._passed: _Passed | None = None
         self._orders: deque[str] = deque()
@@ -262,6 +263,7 @@ class Service:
         self._notifier.ready()
         forget_untaken(self._notifier)
         self._watchdog.start()
+        self._lifeline.start()
         self._changed()
 
     def _order(self, what: str) -> None:
@@ -297,6 +299,7 @@ class Service:
             self._watchdog.stop()
 
     def _stop_accepting(self, *, accept_queued: bool) -> None:
+        self._lifeline.stop()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         self._endpoints.close(accept_queued=accept_queued)

@@ -1,4 +1,4 @@
-"""What the manager is told while a service runs: that it is alive, and how its reloads go."""
+"""Between a service and its manager: signs of life both ways, reloads, and what was stored for nobody."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import errno
 import inspect
 import logging
+import os
 from typing import Literal, TypeAlias
 
-from sdlisten.activation import close_untaken_stored
+from sdlisten.activation import close_untaken_stored, lifeline
 from sdlisten.message import assignment
 
 TYPE_CHECKING = False
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     Health: TypeAlias = Callable[[], Verdict | Awaitable[Verdict]]
     OnReload: TypeAlias = Callable[[], object]
 
-__all__ = ("Reloads", "Watchdog", "forget_untaken")
+__all__ = ("Lifeline", "Reloads", "Watchdog", "forget_untaken")
 
 _logger = logging.getLogger("sdlisten.service")
 
@@ -35,6 +36,41 @@ def forget_untaken(notifier: Notifier) -> None:
     for name in close_untaken_stored():
         _logger.info("nobody took %r from the manager's store: removed", name)
         notifier.remove_as(name)
+
+
+class Lifeline:
+    """Notices that the supervisor (``sdlisten run``) has gone, if there was one; see `sdlisten.lifeline`.
+
+    Args:
+        gone: Called then, once.
+    """
+
+    __slots__ = ("_fd", "_gone", "_loop")
+
+    def __init__(self, gone: Callable[[], object]) -> None:
+        self._gone = gone
+        self._fd: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Watch until `stop`."""
+        fd = lifeline()
+        if fd is not None:
+            self._loop = asyncio.get_running_loop()
+            self._fd = os.dup(fd)  # another service in this loop has a reader of its own
+            self._loop.add_reader(self._fd, self._ended)
+
+    def stop(self) -> None:
+        """Watch no longer; harmless twice."""
+        fd, self._fd = self._fd, None
+        if fd is not None and self._loop is not None:
+            self._loop.remove_reader(fd)
+            os.close(fd)
+
+    def _ended(self) -> None:
+        self.stop()
+        _logger.warning("the supervisor has gone: stopping")
+        self._gone()
 
 
 class Watchdog:
