@@ -17,17 +17,18 @@ import time
 
 from sdlisten.errors import MessageError
 from sdlisten.message import value_of
-from sdlisten.supervisor import nice, surroundings
+from sdlisten.supervisor import nice
 from sdlisten.supervisor.action import Enter, Exit, Kill, Outcome, Settle, Spawn, Terminate, Welcome
 from sdlisten.supervisor.control import Client, Control
 from sdlisten.supervisor.loop import SIGNALS, Loop, Signals
-from sdlisten.supervisor.output import Output, Tail, say
+from sdlisten.supervisor.output import Output, say
 from sdlisten.supervisor.pace import Limits
 from sdlisten.supervisor.phase import Phase
 from sdlisten.supervisor.process import Process
+from sdlisten.supervisor.provision import Provisions
 from sdlisten.supervisor.rollover import Rollover
 from sdlisten.supervisor.status import headline, report, snapshot
-from sdlisten.supervisor.store import STORE_MAX, Store
+from sdlisten.supervisor.store import Store
 from sdlisten.supervisor.upstream import Upstream
 
 TYPE_CHECKING = False
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from sdlisten.notifier import Notifier
     from sdlisten.receiver import Received
     from sdlisten.supervisor.action import Action
-    from sdlisten.supervisor.generation import Generation, Worker
+    from sdlisten.supervisor.generation import Worker
     from sdlisten.supervisor.options import Options
     from sdlisten.supervisor.sockets import Sockets
 
@@ -86,7 +87,7 @@ class Supervisor:
             guess=options.guess,
         )
         self.machine = Rollover(options.command, workers=options.workers, limits=limits, chance=_chance)
-        self._environ = surroundings.inherited_environ(os.environ)
+        self._provisions = Provisions(options, sockets, self._watchdog)
         self._upstream = Upstream(notifier, watchdog)
         self._loop = Loop()
         self._output = Output(self._loop)
@@ -94,9 +95,6 @@ class Supervisor:
         self._control: Control | None = None
         self._waiting_for_the_end: list[Client] = []
         self._code: int | None = None
-        self._tails: dict[int, Tail] = {}
-        self._environs: dict[int, dict[str, str]] = {}
-        self._command_of_the_sockets: Sequence[str] | None = None
         self._lifeline = -1
         self._nice = options.nice_start
 
@@ -287,22 +285,22 @@ class Supervisor:
             self._upstream.status(line, time.monotonic())
 
     def _spawn(self, worker: Worker) -> Sequence[Action]:
-        generation = worker.slot.generation
-        tail = self._tails.setdefault(generation.number, Tail())
+        generation, machine = worker.slot.generation, self.machine
+        alive = [one for one in (machine.current, machine.successor, *machine.draining) if one]
         try:
-            self._prepare(generation)
+            provision = self._provisions.provide(generation, alive)
             process = Process(
                 worker,
                 generation.command,
                 [*self.sockets.descriptors, *self.store.descriptors],
-                self._environs[generation.number],
+                provision.environ,
                 lifeline=self._lifeline,
-                relay=self._output.relay(tail) if self._control else None,
+                relay=self._output.relay(provision.tail) if self._control else None,
                 watchdog=self._watchdog,
             )
         except (OSError, ValueError) as error:
             say(f"cannot start a worker of generation {generation.number}: {error}")
-            tail.add(f"{error}\n".encode(errors="replace"))
+            self._provisions.of(generation).tail.add(f"{error}\n".encode(errors="replace"))
             return self.machine.ended(worker, _CANNOT_START, time.monotonic())
         self.processes[worker] = process
         self._loop.watch(process.receiver.fileno(), lambda _events: self._hear(process))
@@ -310,31 +308,6 @@ class Supervisor:
         if self._nice:
             nice.lower(process.pid, self._nice)
         return ()
-
-    def _prepare(self, generation: Generation) -> None:
-        """Do what is done once for each generation, before its first worker starts."""
-        if generation.number in self._environs:
-            return
-        alive = (self.machine.current, self.machine.successor, *self.machine.draining, generation)
-        numbers = {one.number for one in alive if one}
-        self._environs = {number: known for number, known in self._environs.items() if number in numbers}
-        self._tails = {number: tail for number, tail in self._tails.items() if number in numbers}
-        environ = dict(self._environ)
-        if self._options.env_file:
-            environ.update(surroundings.read_env_file(self._options.env_file))
-        environ["SDLISTEN_GENERATION"] = str(generation.number)
-        environ["SDLISTEN_FDSTORE"] = str(STORE_MAX)
-        if self._options.control:
-            environ["SDLISTEN_CONTROL"] = os.path.abspath(self._options.control)
-        if self._watchdog < math.inf:
-            # Without WATCHDOG_PID: the pid is not known yet, and sd_watchdog_enabled(3) can do without.
-            environ["WATCHDOG_USEC"] = str(round(self._watchdog * 1e6))
-        self._environs[generation.number] = environ
-        if generation.command != self._command_of_the_sockets:
-            # Once for a program, not for each start: all share the flag, and a generation that has made the
-            # sockets non-blocking for its event loop would wait in accept(2) while its successor starts.
-            self._command_of_the_sockets = generation.command
-            self.sockets.set_blocking(not self._options.non_blocking)
 
     def _welcome(self, worker: Worker, *, guessed: bool) -> None:
         process = self.processes[worker]
@@ -359,7 +332,8 @@ class Supervisor:
                 text = f"generation {number} failed: {action.why}"
             say(text)
             self._upstream.status(text, time.monotonic())
-        wrote = str(self._tails.get(number, "")) if action.outcome is Outcome.REFUSED else ""
+        refused = action.outcome is Outcome.REFUSED and action.generation
+        wrote = str(self._provisions.of(refused).tail) if refused else ""
         for requester in action.requesters:
             if isinstance(requester, Client):
                 requester.answer(code, text, stderr=wrote, outcome=action.outcome.value)
