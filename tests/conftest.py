@@ -1,4 +1,4 @@
-"""What tests share: a check that nothing leaked, sockets, descriptors passed as by a manager, loops, a manager."""
+"""What tests share: the check that nothing leaked, sockets, descriptors as a manager passes them, loops."""
 
 from __future__ import annotations
 
