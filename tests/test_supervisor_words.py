@@ -42,9 +42,8 @@ def image(*given: str) -> list[str]:
 
 
 def after(argv: list[str]) -> list[str]:
-    """Return what follows the module, or its file."""
-    at = next(i for i, word in enumerate(argv) if word == "sdlisten.supervisor" or word.endswith(".py"))
-    return argv[at + 1 :]
+    """Return what follows the module."""
+    return argv[argv.index("sdlisten.supervisor") + 1 :]
 
 
 def options(*given: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def run_command(words: Sequence[str], *, execv: Callable[[str, list[str]], objec
     options.command = command
     # Until it has its handlers, an order waits: the mask outlives exec, and so does what is pending.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    execv(sys.executable, [sys.executable, *_supervisor(), *options.to_words()])
+    execv(sys.executable, [sys.executable, *_flags(), "-m", "sdlisten.supervisor", *options.to_words()])
     return 0
 
 
@@ -79,19 +79,15 @@ def ctl_command(words: Sequence[str]) -> int:
     return code
 
 
-def _supervisor() -> list[str]:
-    """Return what starts the image that stays, which looks for modules where this one has found them."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    home = os.path.dirname(os.path.dirname(here))
+def _flags() -> list[str]:
+    """Let the image that stays look for modules where this one has found them."""
+    if sys.flags.isolated:
+        return ["-I"]
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # -m puts the current directory first, for `python -m sdlisten` in a checkout. Elsewhere it would import
     # any socket.py that lies about.
     in_checkout = not sys.flags.safe_path and os.path.realpath(sys.path[0] or ".") == home == os.getcwd()
-    if in_checkout:
-        return ["-m", "sdlisten.supervisor"]
-    flag = "-I" if sys.flags.isolated else "-P"
-    main = os.path.join(here, "__main__.py")
-    # By its path, for -m keeps 1.6 MiB of runpy and importlib.util (CPython 3.12). In a zip file it has none.
-    return [flag, main] if os.path.exists(main) else [flag, "-m", "sdlisten.supervisor"]
+    return [] if in_checkout else ["-P"]
 
 
 def _show(answer: ctl.Answer) -> None:
