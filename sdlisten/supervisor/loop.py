@@ -30,6 +30,8 @@ SIGNALS = (
 )
 """What the supervisor listens to; PID 1 gets only what it has a handler for."""
 
+# Who starts us with these ignored does not want us to hear them: nohup(1), or `command &` in a script.
+_LEFT_ALONE = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 _LONGEST_WAIT = 3600.0  # seconds; poll(2) counts milliseconds in an int
 
 
@@ -65,10 +67,11 @@ class Loop:
             deadline: By `time.monotonic`; infinite for none.
         """
         seconds = min(max(deadline - time.monotonic(), 0), _LONGEST_WAIT)
-        for fd, events in self._poll.poll(math.ceil(seconds * 1000)):
-            # A callback before may have forgotten this one, or put another in its place, which can bear it.
-            callback = self._callbacks.get(fd)
-            if callback:
+        seen = self._poll.poll(math.ceil(seconds * 1000))
+        callbacks = [(fd, self._callbacks.get(fd), events) for fd, events in seen]
+        for fd, callback, events in callbacks:
+            # Not if one before has forgotten this one: the number may be another descriptor's by now.
+            if callback and self._callbacks.get(fd) is callback:
                 callback(events)
 
 
@@ -84,7 +87,8 @@ class Signals:
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # A pipe that is full holds each signal often enough.
         self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _wake) for number in numbers}
+        heard = [number for number in numbers if number not in _LEFT_ALONE or not _is_ignored(number)]
+        self._before = {number: signal.signal(number, _wake) for number in heard}
         # Who started us may have blocked them, as our own command does on its way here.
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
 
@@ -116,6 +120,10 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def _wake(_number: int, _frame: object) -> None:

@@ -122,9 +122,17 @@ class Process:
     def kill(self) -> None:
         """Kill it and its process group: a server that forks must not leave children that go on accepting."""
         self.child.send_signal(signal.SIGKILL)
-        # Not reaped yet, so its pid, which is that of the group, is still its own.
+        self._signal_group(signal.SIGKILL)
+
+    def signal_orphans(self, number: int) -> None:
+        """Send a signal to what it has left in its process group, if it has ended and is not reaped yet."""
+        if os.waitid(os.P_PIDFD, self.child.fileno(), os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self._signal_group(number)
+
+    def _signal_group(self, number: int) -> None:
+        # Until it is reaped its pid, which is that of the group, is its own.
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.child.pid, signal.SIGKILL)
+            os.killpg(self.child.pid, number)
 
     def close(self) -> None:
         """Pass on the rest of its stderr, and close what belongs to it, except what others still write to."""

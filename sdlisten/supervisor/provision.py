@@ -11,11 +11,10 @@ from sdlisten.supervisor.store import STORE_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from sdlisten.supervisor.generation import Generation
     from sdlisten.supervisor.options import Options
-    from sdlisten.supervisor.sockets import Sockets
 
 __all__ = ("Provision", "Provisions")
 
@@ -40,18 +39,15 @@ class Provisions:
 
     Args:
         options: What to run, and how.
-        sockets: What is passed; it is set blocking or not for each new command.
         watchdog: Seconds between two signs of life that workers are asked for; infinite for none.
     """
 
-    __slots__ = ("_command_of_the_sockets", "_environ", "_made", "_options", "_sockets", "_watchdog")
+    __slots__ = ("_environ", "_made", "_options", "_watchdog")
 
-    def __init__(self, options: Options, sockets: Sockets, watchdog: float) -> None:
+    def __init__(self, options: Options, watchdog: float) -> None:
         self._options = options
-        self._sockets = sockets
         self._watchdog = watchdog
         self._environ = surroundings.inherited_environ(os.environ)
-        self._command_of_the_sockets: Sequence[str] | None = None
         self._made: dict[int, Provision] = {}
 
     def of(self, generation: Generation) -> Provision:
@@ -77,12 +73,6 @@ class Provisions:
         provision = self._made.setdefault(generation.number, Provision())
         if not provision.environ:
             provision.environ = self._environ_of(generation)
-            if generation.command != self._command_of_the_sockets:
-                # Once for a program, not for each start: all share the flag, and a generation that has made
-                # the sockets non-blocking for its event loop would wait in accept(2) while its successor
-                # starts.
-                self._command_of_the_sockets = generation.command
-                self._sockets.set_blocking(not self._options.non_blocking)
         return provision
 
     def _environ_of(self, generation: Generation) -> dict[str, str]:

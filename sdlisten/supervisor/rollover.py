@@ -341,7 +341,8 @@ class Rollover:
         for worker in generation.workers:
             if worker.state is WorkerState.DRAINING:
                 worker.hurried = True
-                rest = max(_SHORTEST_REST, (worker.deadline - now) / 10)
+                # What a worker has asked for may be years.
+                rest = max(_SHORTEST_REST, min(worker.deadline - now, self._limits.drain) / 10)
                 worker.deadline = min(worker.deadline, now + rest)
                 self._actions.append(Terminate(worker))
 

@@ -47,6 +47,7 @@ __all__ = ("Supervisor",)
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _MARGIN = 1.0  # seconds that a worker gets beyond its own drain limit, to say what it dropped and end
+_MESSAGES_MAX = 1000  # of one worker that has ended: more than its queue holds (net.unix.max_dgram_qlen)
 _CANNOT_START = 126
 _REFUSED = 3
 _USAGE = 2
@@ -87,12 +88,13 @@ class Supervisor:
             guess=options.guess,
         )
         self.machine = Rollover(options.command, workers=options.workers, limits=limits, chance=_chance)
-        self._provisions = Provisions(options, sockets, self._watchdog)
+        self._provisions = Provisions(options, self._watchdog)
         self._upstream = Upstream(notifier, watchdog)
         self._loop = Loop()
         self._output = Output(self._loop)
         self.store = Store(self._loop)
         self._control: Control | None = None
+        self._not_started: collections.deque[Worker] = collections.deque()
         self._waiting_for_the_end: list[Client] = []
         self._code: int | None = None
         self._lifeline = -1
@@ -159,7 +161,6 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Reap whoever ended: our workers by their pidfds, strangers (as PID 1 gets them) by their pids."""
-        ours = {process.pid: process for process in self.processes.values()}
         while True:
             try:
                 # Only a look: the pid must stay taken until we know whose it is.
@@ -168,7 +169,9 @@ class Supervisor:
                 return
             if end is None:
                 return
-            process = ours.pop(end.si_pid, None)
+            # Looked up each time: the end of one worker may have started another, which may have ended too.
+            ours = (process for process in self.processes.values() if process.pid == end.si_pid)
+            process = next(ours, None)
             if process:
                 self._ended(process)
             else:
@@ -176,10 +179,13 @@ class Supervisor:
 
     def _ended(self, process: Process) -> None:
         """Take the end of a worker, after what it still had to say."""
+        if process.worker.up:
+            # What it has forked would go on to accept, beside the next one.
+            process.signal_orphans(self._options.stop_signal)
         code = process.child.wait(0)
         if code is None:
             return
-        self._hear(process, limit=10_000)
+        self._hear(process, limit=_MESSAGES_MAX)
         del self.processes[process.worker]
         self._loop.forget(process.child.fileno())
         self._loop.forget(process.receiver.fileno())
@@ -207,7 +213,7 @@ class Supervisor:
         if fields.get("WATCHDOG") in {"1", "trigger"}:
             seconds = process.watchdog if fields["WATCHDOG"] == "1" else 0.0
             self._apply(self.machine.alive(worker, now, seconds))
-        if fields.get("READY") == "1":
+        if fields.get("READY") == "1" and process.child.returncode is None:  # else a dead one would serve
             self._apply(self.machine.ready(worker, now))
 
     def _shut_down(self, fd: int, _events: int) -> None:
@@ -251,13 +257,19 @@ class Supervisor:
     def _apply(self, actions: Sequence[Action]) -> None:
         """Carry out orders, and those that come of it."""
         queue = collections.deque(actions)
-        while queue:
-            queue.extend(self._carry_out(queue.popleft()))
+        while queue or self._not_started:
+            if queue:
+                self._carry_out(queue.popleft())
+            else:  # The machine hears of it when all that it wanted before has been done.
+                worker = self._not_started.popleft()
+                queue.extend(self.machine.ended(worker, _CANNOT_START, time.monotonic()))
 
-    def _carry_out(self, action: Action) -> Sequence[Action]:
+    def _carry_out(self, action: Action) -> None:
         match action:
             case Spawn():
-                return self._spawn(action.worker)
+                self._spawn(action.worker)
+            case Terminate() | Kill() if action.worker in self._not_started:
+                pass  # there is no process
             case Welcome():
                 self._welcome(action.worker, guessed=action.guessed)
             case Terminate():
@@ -274,7 +286,6 @@ class Supervisor:
                 self._code = action.code
                 for client in self._waiting_for_the_end:
                     client.answer(action.code, "stopped")
-        return ()
 
     def _enter(self, phase: Phase) -> None:
         self._upstream.enter(phase, time.monotonic())
@@ -284,9 +295,13 @@ class Supervisor:
             say(line)
             self._upstream.status(line, time.monotonic())
 
-    def _spawn(self, worker: Worker) -> Sequence[Action]:
+    def _spawn(self, worker: Worker) -> None:
         generation, machine = worker.slot.generation, self.machine
         alive = [one for one in (machine.current, machine.successor, *machine.draining) if one]
+        if not self.processes:
+            # All who hold the sockets share the flag: a worker that has made them non-blocking for its event
+            # loop would wait in accept(2) if we did this later.
+            self.sockets.set_blocking(not self._options.non_blocking)
         try:
             provision = self._provisions.provide(generation, alive)
             process = Process(
@@ -301,13 +316,13 @@ class Supervisor:
         except (OSError, ValueError) as error:
             say(f"cannot start a worker of generation {generation.number}: {error}")
             self._provisions.of(generation).tail.add(f"{error}\n".encode(errors="replace"))
-            return self.machine.ended(worker, _CANNOT_START, time.monotonic())
+            self._not_started.append(worker)
+            return
         self.processes[worker] = process
         self._loop.watch(process.receiver.fileno(), lambda _events: self._hear(process))
         self._loop.watch(process.child.fileno(), lambda _events: self._ended(process))
         if self._nice:
             nice.lower(process.pid, self._nice)
-        return ()
 
     def _welcome(self, worker: Worker, *, guessed: bool) -> None:
         process = self.processes[worker]
@@ -363,9 +378,14 @@ def _pid_file(path: str) -> Iterator[None]:
     """Keep our pid in a file; it is there whole or not at all, and is removed only while it is ours."""
     text = f"{os.getpid()}\n"
     draft = f"{path}.{os.getpid()}"
-    with open(draft, "w", encoding="ascii") as file:
-        file.write(text)
-    os.replace(draft, path)
+    try:
+        with open(draft, "w", encoding="ascii") as file:
+            file.write(text)
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
     try:
         yield
     finally:

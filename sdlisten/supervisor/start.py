@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 from sdlisten.errors import ActivationError, AddressError
 from sdlisten.notifier import Notifier, watchdog_timeout
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ("main",)
 
 _FAILED, _CONFIGURATION = 1, 78
+_STDERR = 2
 
 
 def main(words: Sequence[str]) -> int:
@@ -29,6 +31,7 @@ def main(words: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
+    _occupy_standard_descriptors()
     options = Options.from_words(words)
     watchdog = watchdog_timeout()
     notifier = Notifier.from_environ(unset_environment=True)
@@ -41,3 +44,10 @@ def main(words: Sequence[str]) -> int:
     except OSError as error:
         say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return _FAILED
+
+
+def _occupy_standard_descriptors() -> None:
+    """Open /dev/null at those of 0, 1 and 2 that are closed: a socket or pipe of ours would land there."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(fd, True)
+    os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from sdlisten.errors import SdlistenError
 
@@ -43,11 +44,14 @@ def read_env_file(path: str) -> dict[str, str]:
     """Read an environment file.
 
     Raises:
-        EnvFileError: A line is no assignment.
+        EnvFileError: A line is no assignment, or it is a FIFO, which can be read once and be waited for.
         OSError: It cannot be read.
     """
-    with open(path, "rb") as file:
-        return parse_env_file(os.fsdecode(file.read()).splitlines(), path)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            raise EnvFileError(f"{path} is a FIFO: expected a file, which is read again at each roll")
+        # As bytes: str.splitlines() knows ends of lines that are parts of values, such as U+2028.
+        return parse_env_file(map(os.fsdecode, file.read().splitlines()), path)
 
 
 def parse_env_file(lines: Iterable[str], path: str) -> dict[str, str]:
