@@ -396,6 +396,20 @@ def test_a_worker_prolongs_its_limits() -> None:
     assert kinds(told.pass_time(0.1)) == ["Kill"]
 
 
+def test_a_hurry_ends_what_was_prolonged() -> None:
+    """Whoever prolonged its drain for years gets a tenth of the usual limit when it is told again."""
+    told = Told(drain=50).serving()
+    worker = told.worker
+    told.stop()
+    told.machine.extend(worker, (2**64 - 2) / 1e6, told.now)
+    told.pass_time(2)
+
+    told.stop()
+
+    assert told.pass_time(4.9) == []
+    assert kinds(told.pass_time(0.1)) == ["Kill"]
+
+
 def test_a_crashed_worker_is_replaced() -> None:
     """Rule 7: at once, then later and later, and at once again after 10 s of being ready."""
     told = Told().serving()

@@ -843,6 +843,17 @@ def test_the_pid_file(run: Callable[..., Running], tmp_path: Path) -> None:
     assert not file.exists()
 
 
+def test_a_pid_file_that_cannot_be(run: Callable[..., Running], tmp_path: Path) -> None:
+    """It says so, ends with 1, and leaves nothing behind."""
+    directory = tmp_path / "pids"
+    (directory / "pid").mkdir(parents=True)
+    running = run("--pid-file", str(directory / "pid"), ready=False)
+
+    running.reads("Is a directory")
+    assert running.daemon.terminate() == 1
+    assert os.listdir(directory) == ["pid"]
+
+
 def test_usr1_writes_the_status(run: Callable[..., Running]) -> None:
     """SIGUSR1 writes, in lines of ours, what ctl status says."""
     running = run()

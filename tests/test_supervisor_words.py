@@ -18,7 +18,7 @@ from sdlisten import cli
 from sdlisten.supervisor import ctl, words
 from sdlisten.supervisor.loop import SIGNALS
 from sdlisten.supervisor.options import Options
-from sdlisten.supervisor.surroundings import EnvFileError, inherited_environ, parse_env_file
+from sdlisten.supervisor.surroundings import EnvFileError, inherited_environ, parse_env_file, read_env_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,6 +248,18 @@ def test_what_children_inherit() -> None:
         "PATH": "/bin",
         "SDLISTEN_REQUIRE": "1",
     }
+
+
+def test_environment_file_as_bytes(tmp_path: Path) -> None:
+    """Only newlines end a line, and values may be any bytes; a FIFO is an error, and not waited for."""
+    file = tmp_path / "env"
+    file.write_bytes("A=one\N{LINE SEPARATOR}line\n".encode() + b"B=\xff\r\nC=")
+
+    assert read_env_file(str(file)) == {"A": "one\N{LINE SEPARATOR}line", "B": "\udcff", "C": ""}
+
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(EnvFileError, match="fifo is a FIFO: expected a file"):
+        read_env_file(str(tmp_path / "fifo"))
 
 
 def test_environment_files() -> None:
