@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 
 from sdlisten.errors import ActivationError, AddressError
 from sdlisten.notifier import Notifier, watchdog_timeout
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ("main",)
 
-_FAILED, _CONFIGURATION = 1, 78
+_FAILED, _USAGE, _CONFIGURATION = 1, 2, 78
 _STDERR = 2
+_FOR_EACH_WORKER = 4  # descriptors: its pidfd, its notify socket, its stderr, and one while it is on trial
+_OTHERS = 64  # the clients of the control socket among them
 
 
 def main(words: Sequence[str]) -> int:
@@ -29,7 +32,7 @@ def main(words: Sequence[str]) -> int:
         words: What `Options.to_words` wrote.
 
     Returns:
-        The exit code.
+        The exit code; 2 for more workers than can be held.
     """
     _occupy_standard_descriptors()
     options = Options.from_words(words)
@@ -37,6 +40,14 @@ def main(words: Sequence[str]) -> int:
     notifier = Notifier.from_environ(unset_environment=True)
     try:
         with contextlib.closing(Sockets.obtain(options.listen)) as sockets:
+            needed = _OTHERS + len(sockets.descriptors) + 2 * options.workers * _FOR_EACH_WORKER
+            allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if allowed < needed:
+                say(
+                    f"--workers {options.workers} needs up to {needed} descriptors, and RLIMIT_NOFILE is "
+                    f"{allowed}: raise it (LimitNOFILE= in the unit, ulimit -n), or start fewer"
+                )
+                return _USAGE
             return Supervisor(options, sockets, notifier, watchdog).run()
     except (ActivationError, AddressError) as error:
         say(str(error))
