@@ -221,8 +221,7 @@ def test_requests_that_cross_an_idle_close(
     assert len(counts) == len(timeouts)
     closed = sum(one["closed_idle"] + one["dropped"] for one in counts)
     assert result.failed == result.reset + result.empty, result
-    assert result.failed <= closed, result
-    assert result.closed_idle <= closed
+    assert result.failed + result.closed_idle <= closed, result
     assert closed > 0
     assert result.close_announced > 0
 
