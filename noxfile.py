@@ -150,12 +150,20 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
-def integration(session: nox.Session) -> None:
-    """Run integration/ on the built wheel."""
+def machines(session: nox.Session) -> None:
+    """Run those tests of integration/ that need a booted systemd, on the built wheel."""
+    install_for_tests(session, "integration")
+    install_wheel(session)
+    run_pytest(session, "pytest", "integration", "-m", "machine", *session.posargs)
+
+
+@nox.session
+def containers(session: nox.Session) -> None:
+    """Run the other tests of integration/, on the built wheel."""
     install_for_tests(session, "integration")
     install_wheel(session)
     # SUITE takes as long as all of tests/, whose run on one more Python it is: it has a session of its own.
-    run_pytest(session, "pytest", "integration", f"--ignore={SUITE}", *session.posargs)
+    run_pytest(session, "pytest", "integration", "-m", "not machine", f"--ignore={SUITE}", *session.posargs)
 
 
 @nox.session

@@ -14,6 +14,7 @@ What a test asks for
 Marks
     ``@pytest.mark.systemd(since=257)``   runs only on these versions, without a skip on the others.
     ``@pytest.mark.timeout(S)``           unless a test says otherwise: 120 s, fixtures not counted.
+    ``@pytest.mark.machine``              what asks for ``machine`` has it by itself, for ``pytest -m``.
 
 A set-up that several tests share (module scope) goes into ``with machine.cleanup():``; what it adds outlives
 the clean-up after each test. Without an engine the tests are skipped with the reason; with SDLISTEN_NO_SKIP=1
@@ -56,6 +57,7 @@ TRIXIE = RELEASES[1]
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks; let SIGTERM end a run as Ctrl-C does, both at once and with fixtures torn down."""
     config.addinivalue_line("markers", "systemd(since): the first version of systemd that has what is tested")
+    config.addinivalue_line("markers", "machine: runs on a booted systemd")
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
 
@@ -77,7 +79,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test its time limit, which leaves out fixtures: the first one may have to build images."""
+    """Give each test its marks. Fixtures have no time limit: the first one may have to build images."""
     here = Path(__file__).parent
     asked = float(config.getoption("timeout") or 0)  # a soak needs longer
     for item in items:
@@ -85,6 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             mark = item.get_closest_marker("timeout")
             seconds = max(asked, mark.args[0] if mark else TEST_SECONDS)
             item.add_marker(pytest.mark.timeout(seconds, func_only=True), append=False)
+            if "machine" in getattr(item, "fixturenames", ()):
+                item.add_marker("machine")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,8 @@
-"""What every test gets: a check that nothing leaked, and a way to be passed descriptors without a manager."""
+"""What tests share: the check that nothing leaked, sockets, descriptors as a manager passes them, loops."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import gc
@@ -10,12 +11,17 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+import uvloop
 
 from sdlisten import activation
+from sdlisten.receiver import Receiver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
     from pathlib import Path
+    from typing import Any
+
+    Run = Callable[[Coroutine[Any, Any, None]], None]
 
 LISTEN_VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES")
 
@@ -187,3 +193,32 @@ def rounds() -> Callable[[int], int]:
     """Scale a repeated proof: SDLISTEN_ROUNDS (1 if unset; or a fraction) times its number, at least 1."""
     factor = float(os.environ.get("SDLISTEN_ROUNDS", "1"))
     return lambda full: max(1, round(full * factor))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libuv() -> None:
+    """Let libuv open the pipe for signals that it keeps until the process ends."""
+    uvloop.new_event_loop().close()
+
+
+LOOP_SECONDS = 20.0
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Give a function that runs a coroutine to its end, on each kind of loop, with a deadline."""
+
+    async def in_time(coroutine: Coroutine[Any, Any, None]) -> None:
+        async with asyncio.timeout(LOOP_SECONDS):
+            await coroutine
+
+    with asyncio.Runner(loop_factory=request.param) as runner:
+        yield lambda coroutine: runner.run(in_time(coroutine))
+    gc.collect()  # uvloop frees its handles late
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """Give a manager's end."""
+    with Receiver() as receiver:
+        yield receiver

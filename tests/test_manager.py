@@ -26,13 +26,6 @@ MINUTE = 60.0
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    """Give a manager's end."""
-    with Receiver() as receiver:
-        yield receiver
-
-
-@pytest.fixture
 def manager(receiver: Receiver) -> Iterator[Manager]:
     """Give the line to it."""
     manager = Manager(receiver.address)

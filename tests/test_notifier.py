@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from sdlisten import notifier as notifier_module
 from sdlisten.errors import BarrierTimeoutError, MessageError, NotifyError, StateError, StoreRefusedError
 from sdlisten.notifier import Notifier, booted, notify, watchdog_timeout
-from sdlisten.receiver import Received, Receiver
 from sdlisten.state import STATE_MAX, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
     from typing import Never, TypeAlias
+
+    from sdlisten.receiver import Received, Receiver
 
     Unchanged: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -45,13 +46,6 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.delenv(name)
     monkeypatch.setattr(notifier_module, "_environment", None)
     return monkeypatch
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    """Give a manager's end."""
-    with Receiver() as receiver:
-        yield receiver
 
 
 @pytest.fixture

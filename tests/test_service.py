@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvloop
 
 from sdlisten import Connection, DrainReport, Notifier, Service
 from sdlisten.address import parse_address
@@ -19,7 +17,7 @@ from sdlisten.adopt_or_bind import bind
 from sdlisten.service.rules import Rules
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
     from pathlib import Path
     from ssl import SSLContext
 
@@ -31,25 +29,6 @@ if TYPE_CHECKING:
 DEADLINE = 20.0
 FOREVER = 600.0
 QUIET = Notifier(None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _libuv() -> None:
-    """Let libuv open the pipe for signals that it keeps until the process ends."""
-    uvloop.new_event_loop().close()
-
-
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Give a function that runs a coroutine to its end, on each kind of loop, with a deadline."""
-
-    async def in_time(coroutine: Coroutine[Any, Any, None]) -> None:
-        async with asyncio.timeout(DEADLINE):
-            await coroutine
-
-    with asyncio.Runner(loop_factory=request.param) as runner:
-        yield lambda coroutine: runner.run(in_time(coroutine))
-    gc.collect()  # uvloop frees its handles late
 
 
 class Client:

@@ -8,7 +8,6 @@ import socket
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
-import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,30 +15,12 @@ from sdlisten.service.reader import Reader, SocketReader
 from sdlisten.service.writer import SocketWriter, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine
 
     Run = Callable[[Coroutine[Any, Any, None]], None]
 
 DEADLINE = 20.0
 RESET = b"\1\0\0\0\0\0\0\0"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _libuv() -> None:
-    """Let libuv open the pipe for signals that it keeps until the process ends."""
-    uvloop.new_event_loop().close()
-
-
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Give a function that runs a coroutine to its end, on each kind of loop, with a deadline."""
-
-    async def in_time(coroutine: Coroutine[Any, Any, None]) -> None:
-        async with asyncio.timeout(DEADLINE):
-            await coroutine
-
-    with asyncio.Runner(loop_factory=request.param) as runner:
-        yield lambda coroutine: runner.run(in_time(coroutine))
 
 
 class Pair:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import socket
 import ssl
@@ -12,7 +11,6 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvloop
 
 from sdlisten import Connection, DrainReport, Notifier, Service
 from sdlisten.address import parse_address
@@ -20,7 +18,7 @@ from sdlisten.adopt_or_bind import bind
 from sdlisten.service.tls import StreamProtocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from sdlisten import Listeners
 
@@ -29,25 +27,6 @@ if TYPE_CHECKING:
 DEADLINE = 20.0
 FOREVER = 600.0
 BIG = 5_000_000
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _libuv() -> None:
-    """Let libuv open the pipe for signals that it keeps until the process ends."""
-    uvloop.new_event_loop().close()
-
-
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Give a function that runs a coroutine to its end, on each kind of loop, with a deadline."""
-
-    async def in_time(coroutine: Coroutine[Any, Any, None]) -> None:
-        async with asyncio.timeout(DEADLINE):
-            await coroutine
-
-    with asyncio.Runner(loop_factory=request.param) as runner:
-        yield lambda coroutine: runner.run(in_time(coroutine))
-    gc.collect()  # uvloop frees its handles late
 
 
 @pytest.fixture(scope="session")

@@ -98,15 +98,26 @@ def test_rolls_under_load(run: Callable[..., Running], rounds: Callable[[int], i
     assert children(running.daemon.pid) == sorted(running.pids())
 
 
-@pytest.mark.parametrize("mode", ["short", "slow", "keep"])
-def test_hello_rolls_under_load(run: Callable[..., Running], rounds: Callable[[int], int], mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "rate"),
+    [("short", None), ("slow", None), ("keep", None), pytest.param("keep", 0, id="keep-no-pause")],
+)
+def test_hello_rolls_under_load(
+    run: Callable[..., Running],
+    rounds: Callable[[int], int],
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+    rate: float | None,
+) -> None:
     """Our own daemon, two workers of it, fails no request of any kind, however often it is rolled."""
     running = run("--workers", "2", command=[sys.executable, "-m", "sdlisten.hello"])
-    with LoadProcess(running.word, mode=mode) as load:
+    with LoadProcess(running.word, mode=mode, rate=rate) as load:
         load.wait_started()
         answers = [running.roll()["code"] for _ in range(rounds(5))]
         result = load.stop()
 
+    with capsys.disabled():
+        sys.stdout.write(f"\n{rounds(5)} rolls: {result}\n")
     assert result.clean, result
     assert answers == [0] * rounds(5)
     facts = running.settled()

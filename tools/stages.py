@@ -1,7 +1,7 @@
 """``make test`` and its parts: nox sessions with a budget each, and at the end a line for each.
 
-The tests wait more than they compute (for containers, restarts, deadlines), so `_test` runs them in lanes
-side by side. What a session of a lane prints is shown when it has ended, so that nothing is mixed up.
+The tests wait more than they compute (for containers, restarts, deadlines), so `_test` runs several sessions
+side by side. What a session prints is shown when it has ended, so that nothing is mixed up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from tools.checkout import ROOT, SetupError, pip_install, say, venv_python
 from tools.packages import provide_packages
@@ -41,13 +41,19 @@ _BUDGETS = {
     "tests": 240,
     "coverage": 15,
     "docs": 30,
-    "integration": 480,
+    "machines": 420,
+    "containers": 180,
     "suite": 150,
     "soak": 3600,
 }
+_LANES = 4
 _SOAK_ROUNDS = "20"
 _USAGE = 2
 _INTERRUPTED = 130
+
+
+_Chain: TypeAlias = "Sequence[tuple[str, dict[str, str]]]"
+"""Nox sessions, one after the other, each with what its environment has in addition."""
 
 
 class _Result(NamedTuple):
@@ -117,17 +123,21 @@ class _Runner:
         with tempfile.TemporaryFile("w+", errors="replace") as output, self.stage(session, output=output):
             _run(command, self._environ | environ, output)
 
-    def side_by_side(self, *lanes: Sequence[tuple[str, dict[str, str]]]) -> None:
-        """Run lanes of nox sessions at the same time, the sessions of a lane one after the other."""
+    def side_by_side(self, *chains: _Chain) -> None:
+        """Run chains of nox sessions, `_LANES` at the same time, the sessions of a chain one after the other.
 
-        def run_lane(lane: Sequence[tuple[str, dict[str, str]]]) -> None:
-            for session, environ in lane:
+        Args:
+            chains: In the order in which they are begun: the longest first.
+        """
+
+        def run_chain(chain: _Chain) -> None:
+            for session, environ in chain:
                 if not self._interrupted:
                     self.nox(session, hold_back=True, **environ)
 
-        with ThreadPoolExecutor(len(lanes)) as pool:
+        with ThreadPoolExecutor(_LANES) as pool:
             try:
-                for done in [pool.submit(run_lane, lane) for lane in lanes]:
+                for done in [pool.submit(run_chain, chain) for chain in chains]:
                     done.result()
             except KeyboardInterrupt:
                 self._interrupted = True  # what runs has been interrupted too, and is waited for
@@ -198,14 +208,11 @@ def _test(runner: _Runner) -> None:
         runner.remember("SDLISTEN_WHEEL", wheel)
     oldest, *others = (f"tests-{python.minor}" for python in pythons)
     # Coverage is measured on the oldest; on the others the tests run undisturbed.
-    first = [(oldest, {"SDLISTEN_COVERAGE": "1"}), (f"coverage-{pythons[0].minor}", {})]
-    checks: list[tuple[str, dict[str, str]]] = [("lint", {}), ("types", {}), ("docs", {})]
-    checks += [(session, {}) for session in others]
-    containers: list[tuple[str, dict[str, str]]] = []
-    if _has_integration():
-        first.append(("suite", {}))
-        containers.append(("integration", {}))
-    runner.side_by_side(*filter(None, (first, checks, containers)))
+    measured: _Chain = [(oldest, {"SDLISTEN_COVERAGE": "1"}), (f"coverage-{pythons[0].minor}", {})]
+    # The longest first, so that the end is not waited for with one lane in use.
+    with_engine = ("machines", "suite", "containers") if _has_integration() else ()
+    alone: list[_Chain] = [[(name, {})] for name in (*with_engine, *others, "types", "docs", "lint")]
+    runner.side_by_side(*alone[:1], measured, *alone[1:])
 
 
 def _soak(runner: _Runner) -> None:
