@@ -222,7 +222,7 @@ def test_health(run: Callable[..., Plain]) -> None:
 
 @pytest.mark.parametrize("sizes", ["0 200 0", "60 60 0"], ids=["larger", "as large"])
 def test_no_memory_for_two_generations(run: Callable[..., Plain], sizes: str) -> None:
-    """Fault 43: a generation that does not fit beside the old one is killed and refused; no client notices."""
+    """Fault 43: a generation that does not fit beside the old one is killed; the old one serves on."""
     command = ["-l", "http=8080", "--", "env", f"SIZES={sizes}", "python3", "-c", LARGE]
     container = run(*command, mem_limit="112m", memswap_limit="112m")
     (old,) = status(container)["generations"][0]["workers"]

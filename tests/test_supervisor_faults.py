@@ -469,3 +469,44 @@ def test_a_clock_that_jumps(tmp_path: Path) -> None:
         # The command, the supervisor that it became, and three generations.
         assert running.daemon.output.count("the wall clock jumps") == 5
         assert_clean(running, before)
+
+
+def test_who_is_killed_first_if_memory_runs_out(run: Callable[..., Running]) -> None:
+    """Fault 43: the kernel is to take a generation on trial, with its children, before the one that serves.
+
+    Afterwards they are as all others, except who has chosen for itself. What the kernel makes of it is tested
+    in a container.
+    """
+    forks = """
+for choice in "0", "777":
+    if not os.fork():
+        if choice != "0":
+            open("/proc/self/oom_score_adj", "w").write(choice)
+        print(f"forked {choice}.", flush=True)
+        select.select([4], [], [])  # the lifeline
+        os._exit(0)
+"""
+    running = run("--soak", "60", text=app())
+    (old,) = running.pids()
+    usual = out_of_memory(os.getpid())
+    running.deploy(app(forks))
+    running.ask("roll")
+    running.until(lambda facts: facts["phase"] == "soaking")
+    for choice in 0, 777:
+        running.reads(f"forked {choice}.")
+    (new,) = running.pids("soaking")
+    assert [out_of_memory(pid) for pid in (old, new)] == [usual, 1000]
+    assert sorted(out_of_memory(pid) for pid in children(new)) == [777, 1000]
+
+    os.kill(old, signal.SIGKILL)  # which ends the soak
+    running.settled()
+    assert out_of_memory(new) == usual
+    assert sorted(out_of_memory(pid) for pid in children(new)) == [usual, 777]
+    for pid in children(new):
+        os.kill(pid, signal.SIGKILL)
+
+
+def out_of_memory(pid: int) -> int:
+    """Return what the kernel adds to its wish to kill a process."""
+    with open(f"/proc/{pid}/oom_score_adj", encoding="ascii") as file:
+        return int(file.read())
