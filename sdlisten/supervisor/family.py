@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ("family",)
+__all__ = ("family", "has_own_proc")
 
 
 def family(pid: int) -> Iterator[tuple[int, list[int]]]:
@@ -17,11 +17,22 @@ def family(pid: int) -> Iterator[tuple[int, list[int]]]:
 
     Each is given before its children are looked for: what is changed of it then holds for those to come.
     """
-    threads = _names(f"/proc/{pid}/task")
+    threads = _names(f"/proc/{pid}/task") if has_own_proc() else []
     yield pid, [int(thread) for thread in threads] or [pid]
     for thread in threads:
         for child in _children(pid, thread):
             yield from family(child)
+
+
+def has_own_proc() -> bool:
+    """Return whether the numbers in /proc are our pids.
+
+    In a PID namespace that still has the /proc of another one (``unshare --pid``) they are strangers'.
+    """
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:  # it is not mounted
+        return False
 
 
 def _children(pid: int, thread: str) -> list[int]:
@@ -33,5 +44,5 @@ def _children(pid: int, thread: str) -> list[int]:
 def _names(directory: str) -> list[str]:
     try:
         return os.listdir(directory)
-    except OSError:  # it has ended, or /proc is not mounted
+    except OSError:  # it has ended
         return []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from sdlisten.supervisor.family import family
+from sdlisten.supervisor.family import family, has_own_proc
 
 __all__ = ("Expendable",)
 
@@ -30,7 +30,9 @@ class Expendable:
 
     def __init__(self, pid: int) -> None:
         self._fd = -1
-        with contextlib.suppress(OSError):  # it has ended, or this is not Linux
+        if not has_own_proc():
+            return
+        with contextlib.suppress(OSError):  # it has ended
             self._fd = _open(pid)
             os.pwrite(self._fd, _FIRST, 0)
 
