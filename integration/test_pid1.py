@@ -71,6 +71,16 @@ print("none left", flush=True)
 """
 
 
+# hello, with so many MB more in each generation.
+LARGE = """
+import os, sys
+from sdlisten.hello import main
+sizes = os.environ["SIZES"].split()
+kept = b"x" * (int(sizes[int(os.environ["SDLISTEN_GENERATION"]) - 1]) << 20)
+sys.exit(main())
+"""
+
+
 @pytest.fixture(scope="module")
 def image(engine: docker.DockerClient, images: Callable[..., str]) -> str:
     """Give the tag of the image, made from the Dockerfile that people copy."""
@@ -86,8 +96,8 @@ def run(image: str, network: str, request: pytest.FixtureRequest) -> Iterator[Ca
     """Give a function that runs the image, as PID 1 and then under ``docker run --init``, until it serves."""
     with contextlib.ExitStack() as stack:
 
-        def start(*command: str, serves: bool = True) -> Plain:
-            options = {**HARDENED, "init": request.param}
+        def start(*command: str, serves: bool = True, **more: object) -> Plain:
+            options = {**HARDENED, "init": request.param, **more}
             container = Plain(image, command, network=network, options=options)
             container.tmpfs["/tmp"] = ""  # noqa: S108 -- in there
             stack.enter_context(container)
@@ -208,3 +218,29 @@ def test_health(run: Callable[..., Plain]) -> None:
     assert text.startswith("stopping; generation 1 serves until the stop delay is over")
     with begin(container) as client:  # new clients are served on
         assert client.fileno() >= 0
+
+
+@pytest.mark.parametrize("sizes", ["0 200 0", "60 60 0"], ids=["larger", "as large"])
+def test_no_memory_for_two_generations(run: Callable[..., Plain], sizes: str) -> None:
+    """Fault 43: a generation that does not fit beside the old one is killed; the old one serves on."""
+    command = ["-l", "http=8080", "--", "env", f"SIZES={sizes}", "python3", "-c", LARGE]
+    container = run(*command, mem_limit="112m", memswap_limit="112m")
+    (old,) = status(container)["generations"][0]["workers"]
+    with LoadProcess(f"{container.ip}:8080", mode="keep", rate=100, clients=8, quiet=True) as load:
+        load.wait_started()
+        container.signal("SIGHUP")
+        container.wait_for_log(
+            "the roll to generation 2 was refused: a worker was killed by signal 9", within=WAIT
+        )
+        seen = status(container)
+        assert (seen["refused"], seen["restarts"], seen["generations"][0]["workers"][0]["pid"]) == (
+            1,
+            0,
+            old["pid"],
+        )
+        container.signal("SIGHUP")
+        container.wait_for_log("sdlisten: generation 3 serves\n", within=WAIT)
+        result = load.stop()
+    assert result.clean, result
+    container.get_wrapped_container().stop(timeout=10)
+    assert container.wait() == 0

@@ -85,7 +85,7 @@ def test_first_connection_starts_the_service(hello: Machine) -> None:
 
 @pytest.mark.timeout(300)
 def test_restarts_under_load(hello: Machine, rounds: Callable[[int], int]) -> None:
-    """No request is lost in 20 restarts, and the sockets are the same before, during and after them."""
+    """Fault 41: no request is lost in 20 restarts, and the sockets are the same all the time."""
     times = rounds(20)
     with LoadProcess(f"{hello.ip}:8080", mode="short", rate=300, timeout=40) as load:
         load.wait_started()
@@ -127,7 +127,7 @@ def test_queue_built_up_while_down(hello: Machine) -> None:
 
 
 def test_limits_do_not_take_the_socket_down(hello: Machine) -> None:
-    """A service that dies again and again leaves the socket open; mended, it answers all who waited."""
+    """Fault 41: a service that dies again and again leaves the socket open; mended, it answers all."""
     drop_ins = {"hello.service.d/dies.conf": DIES_AT_ONCE, "hello.socket.d/seldom.conf": TRIGGERED_SELDOM}
     hello.units(extra=drop_ins)
     before = apps.facts(hello, PORT, PATH)

@@ -150,7 +150,7 @@ def test_reload_returns_when_it_is_complete(worker: Machine) -> None:
 
 
 def test_failing_reload(worker: Machine) -> None:
-    """A reload that fails leaves all as it was, the reason in `systemctl status`; a good one clears it."""
+    """Fault 41: a reload that fails leaves all as it was, and says why; a good one clears that."""
     drop_in(worker, way_to_reload(worker))
     pid = ask(worker, "pid")
     worker.put({CONFIG: "0.1 bad luck"})
@@ -199,7 +199,7 @@ def stop_while_answering(machine: Machine, seconds: float) -> list[str]:
 
 
 def test_drain_longer_than_the_timeout(worker: Machine) -> None:
-    """The drain asks for the time that it takes: TimeoutStopSec= may be shorter. Nobody is lost."""
+    """Fault 41: the drain asks for the time that it takes: TimeoutStopSec= may be shorter. Nobody is lost."""
     drop_in(worker, "notify.conf")
     worker.units(extra={"worker.service.d/short.conf": "[Service]\nTimeoutStopSec=2\n"})
     pid = ask(worker, "pid")
@@ -229,7 +229,7 @@ def test_drain_that_is_cut_off(worker: Machine) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kill_mode", ["mixed", "control-group"])
 def test_restart_and_stop_under_load(hello: Machine, rounds: Callable[[int], int], kill_mode: str) -> None:
-    """20 restarts and stops in each way of killing lose no request of any mode; what ends idle is counted."""
+    """Fault 41: 20 restarts and stops lose no request of any mode; what ends idle is counted."""
     drop_in(hello, "notify.conf", "hello.service")
     hello.units(extra={"hello.service.d/kill.conf": f"[Service]\nKillMode={kill_mode}\n"})
     began = time.monotonic()

@@ -1,4 +1,7 @@
-"""`sdlisten run` under systemd, from the drop-ins that people copy: reloads, bad deploys, the stop."""
+"""`sdlisten run` under systemd, from the drop-ins that people copy: reloads, bad deploys, the stop.
+
+Fault 41 is what systemd does to a service; it is tested here, in `test_restart` and in `test_service`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 
 from sdlisten.load import LoadProcess
 
+from . import apps
 from .container import eventually
 from .machine import UNITS
 
@@ -97,7 +101,7 @@ def reload_again_and_again(machine: Machine, rounds: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_reloads_under_load(machine: Machine, rounds: Callable[[int], int]) -> None:
-    """`systemctl reload` rolls again and again, and of all kinds of requests none fails."""
+    """Fault 41: `systemctl reload` rolls again and again, and of all kinds of requests none fails."""
     start(machine, EXEC_RELOAD)
     reload_again_and_again(machine, rounds(20))
 
@@ -112,7 +116,7 @@ def test_notify_reloads_under_load(machine: Machine, rounds: Callable[[int], int
 
 
 def test_bad_deploy(machine: Machine) -> None:
-    """A version that does not start makes `systemctl reload` fail and say why; clients see nothing of it."""
+    """Fault 41: a version that does not start makes `systemctl reload` fail and say why."""
     start_app(machine, EXEC_RELOAD)
     with under_load(machine):
         machine.put({APP: BROKEN})
@@ -160,7 +164,7 @@ def test_bad_first_version(machine: Machine) -> None:
 
 @pytest.mark.parametrize("kill_mode", ["mixed", "control-group"])
 def test_stop_during_a_roll(machine: Machine, kill_mode: str) -> None:
-    """`systemctl stop` during a roll finishes what was begun, and ends clean in both kill modes."""
+    """Fault 41: `systemctl stop` during a roll finishes what was begun, and ends clean in both kill modes."""
     start_app(machine, EXEC_RELOAD, f"KillMode={kill_mode}\n")
     machine.put({APP: HANGS})
     machine.systemctl("reload", "--no-block", UNIT)
@@ -185,6 +189,105 @@ def test_stop_during_a_roll(machine: Machine, kill_mode: str) -> None:
     assert "Traceback" not in written
     with pytest.raises(ConnectionRefusedError):
         machine.connect(8080)
+
+
+def begin(machine: Machine) -> socket.socket:
+    """Return a connection that a worker serves, with a request that is only half sent."""
+    client = machine.connect(8080)
+    client.sendall(PAGE)
+    assert client.recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
+    client.sendall(PAGE[:10])
+    return client
+
+
+def finish(client: socket.socket) -> None:
+    """Send the rest; it is answered, as the last one."""
+    client.sendall(PAGE[10:])
+    received = read_to_end(client)
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n"), received
+    assert b"Connection: close\r\n" in received
+
+
+def ended_well(machine: Machine) -> None:
+    """Wait until the unit has ended, and check how."""
+    ended = eventually(lambda: machine.show(UNIT, "ActiveState"), {"inactive", "failed"}.__contains__)
+    written = machine.journal(UNIT)
+    assert ended == "inactive", written
+    assert machine.show(UNIT, "Result") == "success"
+    assert machine.show(UNIT, "NRestarts") == "0"
+    assert "SIGKILL" not in written
+    assert "killing worker" not in written
+
+
+def test_restarts_under_load(machine: Machine, rounds: Callable[[int], int]) -> None:
+    """Fault 41: `systemctl restart` makes clients wait, and none of their requests fails."""
+    start(machine, EXEC_RELOAD)
+    with under_load(machine):
+        for _ in range(rounds(3)):
+            machine.systemctl("restart", UNIT, timeout=60)
+    assert status(machine)["generation"] == 1
+    assert machine.journal(UNIT).count("sdlisten: stopped") == rounds(3)
+
+
+def test_reexec_while_it_drains(machine: Machine) -> None:
+    """Fault 41: systemd may execute itself anew during the drain of a roll, and of a stop."""
+    start(machine, EXEC_RELOAD)
+    pid = machine.show(UNIT, "MainPID")
+    with begin(machine) as client:
+        machine.systemctl("reload", UNIT, timeout=60)
+        assert {one["state"] for one in status(machine)["generations"]} == {"serving", "draining"}
+        machine.systemctl("daemon-reexec")
+        finish(client)
+    assert [machine.show(UNIT, name) for name in ("ActiveState", "MainPID")] == ["active", pid]
+    machine.systemctl("reload", UNIT, timeout=60)
+    assert status(machine)["rolls"] == 2
+
+    with begin(machine) as client:
+        machine.systemctl("stop", "--no-block", "hello.socket", UNIT)
+        eventually(lambda: status(machine)["phase"], "stopping".__eq__, what="the stop")
+        machine.systemctl("daemon-reexec")
+        finish(client)
+    ended_well(machine)
+
+
+# What begins to count when the stop does.
+SHORT = {"TimeoutStopSec": "TimeoutStopSec=2\n", "watchdog": "WatchdogSec=1\n"}
+
+
+@pytest.mark.parametrize("limit", SHORT)
+def test_drain_longer_than_a_limit(machine: Machine, limit: str) -> None:
+    """Fault 41: a drain may outlast TimeoutStopSec= and WatchdogSec=: it asks for time, and shows life."""
+    start_app(machine, EXEC_RELOAD, SHORT[limit])
+    with begin(machine) as client:
+        machine.systemctl("stop", "--no-block", "hello.socket", UNIT)
+        began = eventually(lambda: status(machine), lambda now: now["phase"] == "stopping", what="the stop")
+        eventually(lambda: status(machine)["uptime"], lambda now: now > began["uptime"] + 3, what="3 s")
+        finish(client)
+    ended_well(machine)
+
+
+@pytest.mark.parametrize("units", [["hello.socket"], ["hello.socket", UNIT]], ids=["socket", "both"])
+def test_restart_of_the_socket(machine: Machine, units: list[str], rounds: Callable[[int], int]) -> None:
+    """Fault 41: whoever restarts the socket gets a new one, and a service on it; what was begun is finished.
+
+    Allowed: clients are refused or reset while there is no socket.
+    """
+    start(machine, EXEC_RELOAD)
+    for _ in range(rounds(3)):
+        machine.systemctl("reset-failed", "hello.socket")  # forgets how often it was started: 5 in 10 s
+        with begin(machine) as client:
+            machine.systemctl("restart", "--no-block", *units)
+            eventually(lambda: status(machine)["phase"], "stopping".__eq__, what="the stop")
+            finish(client)
+        eventually(
+            lambda: machine.systemctl("list-jobs", "--no-legend"), "".__eq__, what="the end of the jobs"
+        )
+        assert machine.show("hello.socket", "ActiveState") == "active", machine.journal("hello.socket", UNIT)
+        apps.get(machine)
+        assert machine.show(UNIT, "ActiveState") == "active"
+        assert '"systemd",pid=1' in machine.sh("ss -Hltnp sport = :8080")
+    assert "bound name=" not in machine.journal(UNIT)
+    machine.systemctl("reload", UNIT, timeout=60)
 
 
 def read_to_end(client: socket.socket) -> bytes:

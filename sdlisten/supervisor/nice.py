@@ -10,6 +10,8 @@ import contextlib
 import os
 import resource
 
+from sdlisten.supervisor.family import family
+
 __all__ = ("can_return", "lower", "restore")
 
 _CAP_SYS_NICE = 1 << 23  # linux/capability.h
@@ -39,18 +41,7 @@ def restore(pid: int) -> None:
     """Give our own priority back to a process, its threads, and the processes that it has started since."""
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     # On Linux the priority belongs to the thread, and each new thread and process inherits it.
-    threads = _names(f"/proc/{pid}/task")
-    for thread in threads or [str(pid)]:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, int(thread), nice)
-    for thread in threads:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb") as children:
-            for child in children.read().split():
-                restore(int(child))
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:  # it has ended, or /proc is not mounted
-        return []
+    for _, threads in family(pid):
+        for thread in threads:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread, nice)

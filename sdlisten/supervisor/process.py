@@ -10,6 +10,7 @@ import time
 from sdlisten.errors import MessageError
 from sdlisten.receiver import Receiver
 from sdlisten.spawn import spawn
+from sdlisten.supervisor.memory import Expendable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Process:
         lifeline: See `sdlisten.spawn.spawn` (*borrowed*).
         relay: Where its stderr goes, *taken over*; None for our own.
         watchdog: Seconds between two signs of life, until it says otherwise.
+        on_trial: Whether it is to be killed before others if memory runs out, until it is `accepted`.
 
     Attributes:
         worker: As given.
@@ -54,7 +56,7 @@ class Process:
         ValueError: A word or variable has a NUL in it.
     """
 
-    __slots__ = ("child", "receiver", "relay", "says", "started", "status", "watchdog", "worker")
+    __slots__ = ("_trial", "child", "receiver", "relay", "says", "started", "status", "watchdog", "worker")
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class Process:
         lifeline: int,
         relay: Relay | None = None,
         watchdog: float,
+        on_trial: bool = False,
     ) -> None:
         self.worker = worker
         self.relay = relay
@@ -88,6 +91,7 @@ class Process:
                 new_session=True,
             )
             undo.pop_all()
+        self._trial = Expendable(self.child.pid) if on_trial else None
         if relay:
             relay.close_writer()
 
@@ -115,6 +119,11 @@ class Process:
             if fields.get(name) == "1":
                 self.says = name
 
+    def accepted(self) -> None:
+        """Take note that its trial is over, if it was on one."""
+        if self._trial:
+            self._trial.spare(self.pid)
+
     def send_signal(self, number: int) -> None:
         """Send a signal to it alone."""
         self.child.send_signal(number)
@@ -138,5 +147,7 @@ class Process:
         """Pass on the rest of its stderr, and close what belongs to it, except what others still write to."""
         while self.relay and self.relay.forward():
             pass
+        if self._trial:
+            self._trial.close()
         self.receiver.close()
         self.child.close()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sdlisten.notifier import Notifier
     from sdlisten.receiver import Received
     from sdlisten.supervisor.action import Action
-    from sdlisten.supervisor.generation import Worker
+    from sdlisten.supervisor.generation import Generation, Worker
     from sdlisten.supervisor.options import Options
     from sdlisten.supervisor.sockets import Sockets
 
@@ -279,6 +279,8 @@ class Supervisor:
                 say(f"killing worker {process.pid}: {action.why}")
                 process.kill()
             case Settle():
+                if action.outcome is Outcome.SERVES:
+                    self._accept(action.generation)
                 self._settle(action)
             case Enter():
                 self._enter(action.phase)
@@ -312,6 +314,7 @@ class Supervisor:
                 lifeline=self._lifeline,
                 relay=self._output.relay(provision.tail) if self._control else None,
                 watchdog=self._watchdog,
+                on_trial=machine.current is not None and generation is machine.successor,
             )
         except (OSError, ValueError) as error:
             say(f"cannot start a worker of generation {generation.number}: {error}")
@@ -333,6 +336,11 @@ class Supervisor:
                 f"worker {process.pid} is TAKEN for ready after {self._options.guess:g} s: a guess, for it "
                 f"never said READY=1. Clients may wait, or a broken version be let in."
             )
+
+    def _accept(self, generation: Generation | None) -> None:
+        for process in self.processes.values():
+            if process.worker.slot.generation is generation:
+                process.accepted()
 
     def _settle(self, action: Settle) -> None:
         """Tell everybody what became of a roll."""
