@@ -169,9 +169,10 @@ def supervisors(directory: Path) -> Iterator[Callable[..., Running]]:
         env: dict[str, str] | None = None,
         sockets: Sequence[Any] = ("http=127.0.0.1:0",),
         command: Sequence[str] | None = None,
+        wrapper: Sequence[str] = (),
     ) -> Running:
         program.write_text(app() if text is None else text)
-        words = [sys.executable, "-m", "sdlisten", "run", "--control", control, *options, "--"]
+        words = [*wrapper, sys.executable, "-m", "sdlisten", "run", "--control", control, *options, "--"]
         words += command or [sys.executable, "-I", "-S", str(program)]
         daemon = stack.enter_context(activate(words, sockets, env=env))
         if ready:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sdlisten.notifier import Notifier
     from sdlisten.receiver import Received
     from sdlisten.supervisor.action import Action
-    from sdlisten.supervisor.generation import Generation, Worker
+    from sdlisten.supervisor.generation import Worker
     from sdlisten.supervisor.options import Options
     from sdlisten.supervisor.sockets import Sockets
 
@@ -279,8 +279,6 @@ class Supervisor:
                 say(f"killing worker {process.pid}: {action.why}")
                 process.kill()
             case Settle():
-                if action.outcome is Outcome.SERVES:
-                    self._accept(action.generation)
                 self._settle(action)
             case Enter():
                 self._enter(action.phase)
@@ -337,16 +335,15 @@ class Supervisor:
                 f"never said READY=1. Clients may wait, or a broken version be let in."
             )
 
-    def _accept(self, generation: Generation | None) -> None:
-        for process in self.processes.values():
-            if process.worker.slot.generation is generation:
-                process.accepted()
-
     def _settle(self, action: Settle) -> None:
         """Tell everybody what became of a roll."""
         number = action.generation.number if action.generation else 0
         text, code = f"generation {number} serves", 0
-        if action.outcome is not Outcome.SERVES:
+        if action.outcome is Outcome.SERVES:
+            for process in self.processes.values():
+                if process.worker.slot.generation is action.generation:
+                    process.accepted()
+        else:
             code = _REFUSED
             text = f"the roll to generation {number} was refused: {action.why}"
             if action.outcome is Outcome.STOPPED:
