@@ -214,7 +214,7 @@ class Rollover:
                     self._refill(slot, now)
         if self.phase is Phase.SOAKING and self._soaked_at <= now:
             self._commit(Step.SOAKED, now)
-        if self.phase is Phase.LEAVING and (self._leave_at <= now or not self._is_served()):
+        if self.phase is Phase.LEAVING and (self._leave_at <= now or not self._somebody_serves()):
             self._leave(now)
         if self.phase is Phase.STOPPING and not self.draining:
             self._step(Step.GONE)
@@ -312,7 +312,7 @@ class Rollover:
         if self.phase is Phase.SERVING:
             slot.refill_at = now + backoff(slot.crashes, self._chance())
             slot.crashes += 1
-        elif self.phase is Phase.SOAKING and not self._is_served():
+        elif self.phase is Phase.SOAKING and not self._somebody_serves():
             self._commit(Step.SOAKED, now)
 
     def _refill(self, slot: Slot, now: float) -> None:
@@ -320,7 +320,7 @@ class Rollover:
         self.restarts += 1
         self._spawn(slot, now)
 
-    def _is_served(self) -> bool:
+    def _somebody_serves(self) -> bool:
         return self.current is not None and bool(self.current.workers)
 
     def _retire(self, generation: Generation | None, now: float) -> None:

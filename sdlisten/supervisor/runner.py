@@ -19,13 +19,14 @@ from sdlisten.errors import MessageError
 from sdlisten.message import value_of
 from sdlisten.supervisor import nice
 from sdlisten.supervisor.action import Enter, Exit, Kill, Outcome, Settle, Spawn, Terminate, Welcome
-from sdlisten.supervisor.control import Client, Control
+from sdlisten.supervisor.control import Control
 from sdlisten.supervisor.loop import SIGNALS, Loop, Signals
 from sdlisten.supervisor.output import Output, say
 from sdlisten.supervisor.pace import Limits
 from sdlisten.supervisor.phase import Phase
 from sdlisten.supervisor.process import Process
 from sdlisten.supervisor.provision import Provisions
+from sdlisten.supervisor.questions import Questions
 from sdlisten.supervisor.rollover import Rollover
 from sdlisten.supervisor.status import headline, report, snapshot
 from sdlisten.supervisor.store import Store
@@ -34,7 +35,6 @@ from sdlisten.supervisor.upstream import Upstream
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from typing import TypeGuard
 
     from sdlisten.notifier import Notifier
     from sdlisten.receiver import Received
@@ -50,7 +50,6 @@ _MARGIN = 1.0  # seconds that a worker gets beyond its own drain limit, to say w
 _MESSAGES_MAX = 1000  # of one worker that has ended: more than its queue holds (net.unix.max_dgram_qlen)
 _CANNOT_START = 126
 _REFUSED = 3
-_USAGE = 2
 
 
 class Supervisor:
@@ -94,8 +93,8 @@ class Supervisor:
         self._output = Output(self._loop)
         self.store = Store(self._loop)
         self._control: Control | None = None
+        self._questions = Questions(self)
         self._not_started: collections.deque[Worker] = collections.deque()
-        self._waiting_for_the_end: list[Client] = []
         self._code: int | None = None
         self._lifeline = -1
         self._nice = options.nice_start
@@ -118,7 +117,7 @@ class Supervisor:
             closing.callback(os.close, writer)
             self._lifeline = reader
             if self._options.control:
-                self._control = Control(self._options.control, self._loop, self._asked)
+                self._control = Control(self._options.control, self._loop, self._questions.take)
                 closing.callback(self._control.close)
             if self._options.pid_file:
                 closing.enter_context(_pid_file(self._options.pid_file))
@@ -130,11 +129,21 @@ class Supervisor:
             for fd in self.sockets.listening:
                 self._loop.watch(fd, functools.partial(self._shut_down, fd), 0)
             self._reap()  # who ended before there was a handler: no SIGCHLD was kept for them
-            self._apply(self.machine.start(time.monotonic()))
+            self.apply(self.machine.start(time.monotonic()))
             while self._code is None:
                 self._loop.wait(self._next_deadline())
                 self._tick()
             return self._code
+
+    def apply(self, actions: Sequence[Action]) -> None:
+        """Carry out orders, and those that come of it."""
+        queue = collections.deque(actions)
+        while queue or self._not_started:
+            if queue:
+                self._carry_out(queue.popleft())
+            else:  # The machine hears of it when all that it wanted before has been done.
+                worker = self._not_started.popleft()
+                queue.extend(self.machine.ended(worker, _CANNOT_START, time.monotonic()))
 
     def _next_deadline(self) -> float:
         control = self._control.next_deadline() if self._control else math.inf
@@ -142,7 +151,7 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._apply(self.machine.tick(now))
+        self.apply(self.machine.tick(now))
         self._upstream.tick(now)
         if self._control:
             self._control.tick(now)
@@ -151,9 +160,9 @@ class Supervisor:
         for number in numbers:
             now = time.monotonic()
             if number == signal.SIGHUP:
-                self._apply(self.machine.roll(now))
+                self.apply(self.machine.roll(now))
             elif number in _STOPS:
-                self._apply(self.machine.stop(now))
+                self.apply(self.machine.stop(now))
             elif number == signal.SIGUSR1:
                 say(report(snapshot(self)))
             elif number == signal.SIGCHLD:
@@ -193,7 +202,7 @@ class Supervisor:
         if process.worker.up:
             how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
             say(f"worker {process.pid} of generation {process.worker.slot.generation.number} {how}, unasked")
-        self._apply(self.machine.ended(process.worker, code, time.monotonic()))
+        self.apply(self.machine.ended(process.worker, code, time.monotonic()))
 
     def _hear(self, process: Process, limit: int = 64) -> None:
         for message in process.messages(limit):
@@ -206,15 +215,15 @@ class Supervisor:
         self.store.heed(fields, message.detach())
         usec = _number(fields, "EXTEND_TIMEOUT_USEC")
         if usec is not None:
-            self._apply(self.machine.extend(worker, usec / 1e6, now))
+            self.apply(self.machine.extend(worker, usec / 1e6, now))
         usec = _number(fields, "WATCHDOG_USEC")
         if usec is not None:
             process.watchdog = usec / 1e6 or math.inf
         if fields.get("WATCHDOG") in {"1", "trigger"}:
             seconds = process.watchdog if fields["WATCHDOG"] == "1" else 0.0
-            self._apply(self.machine.alive(worker, now, seconds))
+            self.apply(self.machine.alive(worker, now, seconds))
         if fields.get("READY") == "1" and process.child.returncode is None:  # else a dead one would serve
-            self._apply(self.machine.ready(worker, now))
+            self.apply(self.machine.ready(worker, now))
 
     def _shut_down(self, fd: int, _events: int) -> None:
         """Mend a listener that hangs up: a worker has called shutdown(2) on what all share."""
@@ -226,43 +235,6 @@ class Supervisor:
             say(f"a worker has shut down the listener {name!r}, which cannot be undone: start anew")
         else:
             say(f"a worker has shut down the listener {name!r}; it listens again")
-
-    def _asked(self, question: Mapping[str, object], client: Client) -> None:
-        """Take a question at the control socket."""
-        match question:
-            case {"do": "status"}:
-                facts = snapshot(self)
-                code = 0 if self.machine.phase in {Phase.SERVING, Phase.ROLLING, Phase.SOAKING} else 1
-                client.answer(code, report(facts), status=facts)
-            case {"do": "roll", **rest}:
-                self._asked_to_roll(rest, client)
-            case {"do": "stop", **rest}:
-                if rest.get("wait"):
-                    self._waiting_for_the_end.append(client)
-                else:
-                    client.answer(0, "told to stop")
-                self._apply(self.machine.stop(time.monotonic()))
-            case _:
-                client.answer(_USAGE, f"{dict(question)!r} is no question")
-
-    def _asked_to_roll(self, question: Mapping[str, object], client: Client) -> None:
-        command = question.get("command")
-        if command is not None and not _is_command(command):
-            client.answer(_USAGE, f"command is {command!r}: expected a list of words")
-            return
-        if not question.get("wait"):
-            client.answer(0, "asked for a roll")
-        self._apply(self.machine.roll(time.monotonic(), client, command))
-
-    def _apply(self, actions: Sequence[Action]) -> None:
-        """Carry out orders, and those that come of it."""
-        queue = collections.deque(actions)
-        while queue or self._not_started:
-            if queue:
-                self._carry_out(queue.popleft())
-            else:  # The machine hears of it when all that it wanted before has been done.
-                worker = self._not_started.popleft()
-                queue.extend(self.machine.ended(worker, _CANNOT_START, time.monotonic()))
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -284,8 +256,7 @@ class Supervisor:
                 self._enter(action.phase)
             case Exit():
                 self._code = action.code
-                for client in self._waiting_for_the_end:
-                    client.answer(action.code, "stopped")
+                self._questions.ended(action.code)
 
     def _enter(self, phase: Phase) -> None:
         self._upstream.enter(phase, time.monotonic())
@@ -354,9 +325,7 @@ class Supervisor:
             self._upstream.status(text, time.monotonic())
         refused = action.outcome is Outcome.REFUSED and action.generation
         wrote = str(self._provisions.of(refused).tail) if refused else ""
-        for requester in action.requesters:
-            if isinstance(requester, Client):
-                requester.answer(code, text, stderr=wrote, outcome=action.outcome.value)
+        self._questions.settled(action, code, text, wrote=wrote)
 
 
 def _number(fields: Mapping[str, str], name: str) -> int | None:
@@ -370,12 +339,6 @@ def _number(fields: Mapping[str, str], name: str) -> int | None:
 def _chance() -> float:
     # The random module would cost 1 MiB, and this is asked for after crashes only.
     return os.urandom(1)[0] / 255
-
-
-def _is_command(words: object) -> TypeGuard[list[str]]:
-    if not isinstance(words, list) or not words:
-        return False
-    return all(isinstance(word, str) and "\0" not in word for word in words)
 
 
 @contextlib.contextmanager
