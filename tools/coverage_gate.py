@@ -22,6 +22,7 @@ _COMPLETE = frozenset(
         "descriptor",
         "environment",
         "errors",
+        "hurry",
         "inherited",
         "listener",
         "matching",

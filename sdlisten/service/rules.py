@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from sdlisten.hurry import SAME_ORDER, hurried
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,10 +13,6 @@ if TYPE_CHECKING:
     from sdlisten.service.connection import Connection
 
 __all__ = ("Rules",)
-
-# systemd and a supervisor may both send SIGTERM for one order to stop.
-_SAME_ORDER = 1.0
-_SHORTEST_REST = 1.0
 
 
 class Rules:
@@ -54,17 +52,15 @@ class Rules:
     def order(self, now: float) -> bool:
         """Take an order to stop; returns whether it begins the drain.
 
-        Another one within a second is the same order; a later one shortens what is left to a tenth, but not
-        below a second.
+        Another one within a second is the same order; a later one is for `hurried`.
         """
-        if now - self._ordered < _SAME_ORDER:
+        if now - self._ordered < SAME_ORDER:
             return False
         self._ordered = now
         if not self.draining:
             self.deadline = now + self.drain_timeout
             return True
-        rest = max(_SHORTEST_REST, (self.deadline - now) / 10)
-        self.deadline = min(self.deadline, now + rest)
+        self.deadline = hurried(self.deadline, now)
         return False
 
 

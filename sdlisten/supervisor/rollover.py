@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 
+from sdlisten.hurry import SAME_ORDER, hurried
 from sdlisten.supervisor.action import Enter, Exit, Kill, Outcome, Settle, Spawn, Terminate, Welcome
 from sdlisten.supervisor.generation import Generation, Turn, Worker, WorkerState
 from sdlisten.supervisor.pace import LONG_LIFE, Limits, backoff
@@ -61,8 +62,6 @@ PHASES: dict[Phase, dict[Step, Phase]] = {
 }
 """What may follow what. A step that is not here is a mistake of ours, and a KeyError."""
 
-_SAME_ORDER = 1.0  # systemd and a person may both send SIGTERM for one order to stop
-_SHORTEST_REST = 1.0
 _ABORT_LIMIT = 2.0  # for who was never ready: it has accepted nothing that it could finish
 _DRAINING_MAX = 2
 _BROKEN, _LATE = 1, 4  # exit codes: a promise was not kept; timed out
@@ -342,8 +341,7 @@ class Rollover:
             if worker.state is WorkerState.DRAINING:
                 worker.hurried = True
                 # What a worker has asked for may be years.
-                rest = max(_SHORTEST_REST, min(worker.deadline - now, self._limits.drain) / 10)
-                worker.deadline = min(worker.deadline, now + rest)
+                worker.deadline = hurried(min(worker.deadline, now + self._limits.drain), now)
                 self._actions.append(Terminate(worker))
 
     def _look_at_workers(self, now: float) -> None:
@@ -371,7 +369,7 @@ class Rollover:
         self._actions.append(Kill(worker, why))
 
     def _stop_again(self, now: float) -> None:
-        if now - self._ordered_at < _SAME_ORDER:
+        if now - self._ordered_at < SAME_ORDER:
             return
         self._ordered_at = now
         if self.phase is Phase.LEAVING:
