@@ -26,6 +26,8 @@ __all__ = ("Lifeline", "Reloads", "Watchdog", "forget_untaken")
 
 _logger = logging.getLogger("sdlisten.service")
 
+_ERRNO_MAX = 4095  # of the kernel, and of systemd
+
 
 def forget_untaken(notifier: Notifier) -> None:
     """Make the manager forget what an earlier program of ours stored and this one has not taken.
@@ -166,14 +168,16 @@ class Reloads:
             self._task.cancel()
 
     async def _run(self) -> None:
-        while True:
-            self._again = False
-            # Without RELOADING=1, sent after the signal, Type=notify-reload waits for ever; P27 of field.md.
-            self._notifier.reloading()
-            self._notifier.send("READY=1", *await self._reload())
-            if not self._again:
-                self._task = None
-                return
+        try:
+            self._again = True
+            while self._again:
+                self._again = False
+                # Without RELOADING=1, sent after the signal, Type=notify-reload waits for ever; P27 of
+                # field.md.
+                self._notifier.reloading()
+                self._notifier.send("READY=1", *await self._reload())
+        finally:
+            self._task = None  # whatever ended it, the next order must find its way
 
     async def _reload(self) -> tuple[str, ...]:
         """Reload; returns what is to be said of it."""
@@ -185,8 +189,14 @@ class Reloads:
         except Exception as error:
             _logger.exception("reload failed, the old configuration stays")
             self._failed = True
-            number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
-            return assignment("STATUS", f"reload failed: {error!r}"), assignment("ERRNO", number)
+            return assignment("STATUS", f"reload failed: {error!r}"), assignment("ERRNO", _number_of(error))
         _logger.info("reloaded")
         failed, self._failed = self._failed, False
         return ("STATUS=", "ERRNO=0") if failed else ()
+
+
+def _number_of(error: Exception) -> int:
+    """Return what ERRNO= says of an error; EINVAL where it has no number of the kernel."""
+    number: object = error.errno if isinstance(error, OSError) else None
+    # socket.gaierror counts below 0, others have what they were given: texts, or numbers of a library.
+    return int(number) if isinstance(number, int) and 0 < number <= _ERRNO_MAX else errno.EINVAL
