@@ -157,7 +157,7 @@ class Reloads:
 
     def order(self) -> None:
         """Begin a reload, or another one after that which is under way."""
-        if self._task is None:
+        if self._task is None or self._task.done():  # however it ended
             self._task = asyncio.get_running_loop().create_task(self._run())
         else:
             self._again = True
@@ -168,16 +168,13 @@ class Reloads:
             self._task.cancel()
 
     async def _run(self) -> None:
-        try:
-            self._again = True
-            while self._again:
-                self._again = False
-                # Without RELOADING=1, sent after the signal, Type=notify-reload waits for ever; P27 of
-                # field.md.
-                self._notifier.reloading()
-                self._notifier.send("READY=1", *await self._reload())
-        finally:
-            self._task = None  # whatever ended it, the next order must find its way
+        while True:
+            self._again = False
+            # Without RELOADING=1, sent after the signal, Type=notify-reload waits for ever; P27 of field.md.
+            self._notifier.reloading()
+            self._notifier.send("READY=1", *await self._reload())
+            if not self._again:
+                return
 
     async def _reload(self) -> tuple[str, ...]:
         """Reload; returns what is to be said of it."""
