@@ -274,8 +274,5 @@ class TransportWriter(Writer):
 
 
 def _as_bytes(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:
-    """Return data whose len() and slices count bytes: of a view they count elements, send(2) bytes.
-
-    asyncio's TLS mixes these up too, and drops the rest (_do_write, Lib/asyncio/sslproto.py of 3.11).
-    """
+    """Return data whose len() and slices count bytes: of a view they count elements, send(2) bytes."""
     return data if isinstance(data, (bytes, bytearray)) else memoryview(data).cast("B")
