@@ -192,9 +192,7 @@ def test_tls_silence_ends_a_connection(
     run(test())
 
 
-def test_tls_elements_are_not_bytes(
-    run: Run, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
+def test_tls_elements_are_not_bytes(run: Run, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> None:
     """Over TLS every buffer is taken that is taken without, and all its bytes are sent."""
     data = array.array("q", range(BIG // 8))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +115,9 @@ def test_an_isolated_interpreter_stays_isolated(monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "flags", Flags)
+        patch.setattr(sys, "path", ["/usr/bin", *sys.path])
         assert image("--", "program")[1] == "-I"
         Flags.isolated = 0
-        patch.setattr(sys, "path", ["/usr/bin", *sys.path])
         assert image("--", "program")[1] == "-P"
         patch.chdir(Path(sdlisten.__file__).parent.parent)
         patch.setattr(sys, "path", ["", *sys.path])
@@ -224,6 +226,67 @@ def test_the_answer_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     assert Answering(tmp_path / "control", line).ask("status", "--json")[0] == 0
     assert json.loads(capsys.readouterr().out) == {"pid": 7}
+
+
+@pytest.fixture
+def _reloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process be the ExecReload= of a unit that is being stopped."""
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_reloading")
+@pytest.mark.parametrize(
+    ("second", "given_up"),
+    [
+        (b'{"code": 1, "text": "", "status": {"phase": "stopping"}}', True),
+        (b"no answer", True),
+        (b'{"code": 0, "text": "", "status": {"phase": "serving"}}', False),
+        (b'{"code": 0, "text": "", "status": {}}', False),
+        (b'{"code": 0, "text": "", "status": ["?"]}', False),
+        (b'{"code": 2, "text": "?"}', False),
+        (b"", False),
+    ],
+)
+def test_told_to_end_in_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bytes, *, given_up: bool
+) -> None:
+    """SIGTERM ends a reload with 0 if the supervisor ends too; if it goes on, or cannot say, as ever."""
+    monkeypatch.setattr(ctl, "_ANSWER_SECONDS", 20 if second else 0.05)
+    raised: list[int] = []
+
+    def supervise(sock: socket.socket, over: socket.socket) -> None:
+        with sock.accept()[0] as first:
+            first.recv(65536)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with sock.accept()[0] as asked:
+                asked.recv(65536)
+                asked.sendall(second)
+                if not second:
+                    over.recv(1)
+
+    class Ended(BaseException):
+        """Stands for the end of this process."""
+
+    def raise_signal(number: int) -> None:
+        raised.append(number)
+        raise Ended
+
+    monkeypatch.setattr(signal, "raise_signal", raise_signal)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "control"))
+        sock.listen()
+        supervisor = threading.Thread(target=supervise, args=(sock, theirs))
+        supervisor.start()
+        with contextlib.nullcontext() if given_up else pytest.raises(Ended):
+            answer = ctl.ask_as_command(str(tmp_path / "control"), {"do": "roll", "wait": True})
+            assert answer == {"code": 0, "text": "given up: told to stop"}
+        ours.send(b".")
+        supervisor.join()
+    assert raised == [signal.SIGTERM] * (not given_up)
 
 
 @pytest.mark.parametrize("line", [b"", b"nonsense\n", b"[]\n", b'{"code": "0", "text": ""}\n', b"{}\n"])

@@ -16,10 +16,12 @@ import time
 
 from sdlisten.address import UnixAddress
 from sdlisten.adopt_or_bind import bind
+from sdlisten.supervisor.status import shorter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any
 
     from sdlisten.supervisor.loop import Loop
 
@@ -50,21 +52,46 @@ class Client:
         self.question = b""
         self._drop = drop
 
-    def answer(self, code: int, text: str = "", **more: object) -> None:
+    def answer(
+        self, code: int, text: str = "", *, status: Mapping[str, Any] | None = None, **more: object
+    ) -> None:
         """Answer, and let the client go; if it has gone already, nothing happens.
+
+        Of an answer that is too long the text is cut, and of the status left out what can best be missed.
 
         Args:
             code: The exit code for ``sdlisten ctl``.
             text: What to tell people.
-            more: What to tell programs.
+            status: How the whole is, as `sdlisten.supervisor.status.snapshot` has it.
+            more: What else to tell programs.
         """
-        line = json.dumps({"code": code, "text": text, **more}) + "\n"
-        if len(line) > LINE_MAX:
-            line = json.dumps({"code": code, "text": text[:_TEXT_MAX]}) + "\n"
         # It fits into the buffer of a fresh connection. Who does not read it misses it.
         with contextlib.suppress(OSError):
-            self.sock.send(line.encode())
+            self.sock.send(next(filter(_fits, _lines(code, text, status, more))))
         self._drop(self)
+
+
+def _fits(line: bytes) -> bool:
+    return len(line) <= LINE_MAX
+
+
+def _lines(
+    code: int, text: str, status: Mapping[str, Any] | None, more: Mapping[str, object]
+) -> Iterator[bytes]:
+    """Write an answer shorter and shorter; the last one always fits."""
+    answer = {"code": code, "text": text, **more}
+    if status is None:
+        yield _line(answer)
+    else:
+        yield _line({**answer, "status": status})
+        answer["text"] = text[:_TEXT_MAX]
+        for facts in (status, *shorter(status)):
+            yield _line({**answer, "status": facts})
+    yield _line({"code": code, "text": text[:_TEXT_MAX]})
+
+
+def _line(answer: Mapping[str, object]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
 
 
 class Control:

@@ -81,13 +81,19 @@ def ask_as_command(path: str, question: Mapping[str, object], *, timeout: float 
     except _ToldToEndError:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         answer = ask(path, {"do": "status"})
-        if answer["code"] == _NOBODY or answer["status"]["phase"] in _STOPPING:
+        if answer["code"] == _NOBODY or _phase(answer) in _STOPPING:
             return {"code": 0, "text": "given up: told to stop"}
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pragma: no cover - what is measured ends too
-        signal.raise_signal(signal.SIGTERM)  # pragma: no cover - likewise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
     if answer.get("outcome") == "stopped":
         answer = {**answer, "code": 0}
     return answer
+
+
+def _phase(answer: Answer) -> object:
+    """Return the phase in an answer; None if it has none: it came too late, or is of another version."""
+    status = answer.get("status")
+    return status.get("phase") if isinstance(status, dict) else None
 
 
 def _understood(line: bytes, path: str) -> Answer:
