@@ -445,6 +445,25 @@ def test_clients_of_other_users(asked: Asked, monkeypatch: pytest.MonkeyPatch) -
         assert sock.recv(1) == b""
 
 
+def test_one_client_too_many(asked: Asked) -> None:
+    """It is told to try again, whether it has asked already or not, and disturbs nobody."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            stack.enter_context(asked.connect()).send(b"{}\n")
+            asked.loop.wait(math.inf)
+        with asked.connect() as sock:
+            assert answer(sock)["code"] == 4
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(asked.path)
+            sock.send(b"{}\n")
+            asked.loop.wait(math.inf)
+            assert json.loads(sock.recv(65536)) == {
+                "code": 4,
+                "text": "32 others ask already, or wait: not asked, try again",
+            }
+        assert len(asked.questions) == 32
+
+
 def test_no_descriptor_left_for_a_client(asked: Asked) -> None:
     """Then nobody is accepted for a second, instead of trying all the time; afterwards whoever waits is."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

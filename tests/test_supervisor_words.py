@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ import pytest
 import sdlisten
 from sdlisten import cli
 from sdlisten.supervisor import ctl, words
-from sdlisten.supervisor.loop import SIGNALS
+from sdlisten.supervisor.control import Control
+from sdlisten.supervisor.loop import SIGNALS, Loop
 from sdlisten.supervisor.options import Options
 from sdlisten.supervisor.surroundings import EnvFileError, inherited_environ, parse_env_file
 
@@ -209,6 +211,95 @@ class Answering:
             os.waitpid(child, 0)
         with open(self.path + ".question", "rb") as file:
             return code, json.loads(file.read())
+
+
+@contextlib.contextmanager
+def supervising(path: Path) -> Iterator[str]:
+    """Answer questions at a real control socket, in a thread."""
+    loop = Loop()
+    ours, theirs = socket.socketpair()
+    over: list[int] = []
+
+    def serve() -> None:
+        while not over:
+            loop.wait(math.inf)
+
+    control = Control(str(path), loop, lambda question, client: client.answer(0, str(question["do"])))
+    loop.watch(theirs.fileno(), over.append)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield str(path)
+    finally:
+        ours.send(b".")
+        thread.join()
+        control.close()
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize("timeout", [None, 1e300, sys.float_info.max, 20.0])
+def test_limits_of_any_length(tmp_path: Path, timeout: float | None) -> None:
+    """A limit beyond what the kernel can wait is as good as none."""
+    with supervising(tmp_path / "control") as path:
+        assert ctl.ask(path, {"do": "status"}, timeout=timeout) == {"code": 0, "text": "status"}
+
+
+def test_no_time_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a limit of 0 the question is asked, and only the answer may come too late."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "control"))
+        sock.listen()
+        assert cli.main(["ctl", "--control", str(tmp_path / "control"), "--timeout", "0", "stop"]) == 4
+        with sock.accept()[0] as connection:
+            assert json.loads(connection.recv(65536)) == {"do": "stop", "wait": False}
+    assert capsys.readouterr().err == "no answer within 0 s; what was asked for goes on\n"
+
+
+def test_a_question_that_is_too_long(tmp_path: Path) -> None:
+    """The answer to it is read, though the supervisor has gone before all was said."""
+    with supervising(tmp_path / "control") as path:
+        question = {"do": "roll", "command": ["x" * 10_000_000]}
+        assert ctl.ask(path, question) == {"code": 2, "text": "a question of more than 65536 bytes"}
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Iterator[socket.socket]:
+    """Give a listener whose queue is full: one connection, and one more, is what a backlog of 0 holds."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(tmp_path / "control"))
+        listener.listen(0)
+        stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(tmp_path / "control"))
+        yield listener
+
+
+def test_a_queue_that_stays_full(crowded: socket.socket) -> None:
+    """There is a supervisor, and it has not been asked: 4."""
+    answer = ctl.ask(crowded.getsockname(), {"do": "roll"}, timeout=0.05)
+
+    assert answer == {"code": 4, "text": "the supervisor is busy: not asked within 0.05 s, try again"}
+
+
+def test_a_queue_that_empties(crowded: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds the queue full waits for room."""
+    served: list[bytes] = []
+    threads: list[threading.Thread] = []
+
+    def serve() -> None:
+        with crowded.accept()[0] as connection:
+            served.append(connection.recv(65536))
+            connection.sendall(b'{"code": 0, "text": "asked"}\n')
+
+    def sleep(_seconds: float) -> None:
+        crowded.accept()[0].close()
+        threads.append(threading.Thread(target=serve))
+        threads[0].start()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert ctl.ask(crowded.getsockname(), {"do": "status"}, timeout=20) == {"code": 0, "text": "asked"}
+    threads[0].join()
+    assert served == [b'{"do": "status"}\n']
 
 
 def test_the_question_and_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,9 @@ _TEXT_MAX = LINE_MAX // 16  # characters: JSON writes one in at most 12 bytes
 _UCRED = struct.Struct("iII")  # pid, uid, gid
 _ROOT = 0
 _USAGE = 2
+# Nobody had time for the question, as when the queue is full. 1 would say that nobody serves, 3 that a roll
+# was refused; and nothing at all would look like 5: start another supervisor.
+_LATE = 4
 _PAUSE = 1.0  # seconds
 
 
@@ -145,11 +148,14 @@ class Control:
             return
         sock.setblocking(False)
         _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if uid not in {_ROOT, os.geteuid()} or len(self._clients) >= _CLIENTS_MAX:
+        if uid not in {_ROOT, os.geteuid()}:
             sock.close()
             return
         client = Client(sock, time.monotonic() + QUESTION_SECONDS, self._drop)
         self._clients[client] = None
+        if len(self._clients) > _CLIENTS_MAX:
+            client.answer(_LATE, f"{_CLIENTS_MAX} others ask already, or wait: not asked, try again")
+            return
         self._loop.watch(sock.fileno(), lambda _events: self._read(client))
 
     def _read(self, client: Client) -> None:
