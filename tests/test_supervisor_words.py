@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -100,6 +101,15 @@ def test_the_control_socket_of_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert options("--control=/other", "--", "program")["control"] == "/other"
 
 
+def test_the_control_socket_of_an_outer_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside SDLISTEN_GENERATION it is a gift of the supervisor that started us: ours would be in its way."""
+    monkeypatch.setenv("SDLISTEN_CONTROL", "/of/the/outer")
+    monkeypatch.setenv("SDLISTEN_GENERATION", "3")
+
+    assert options("--", "program")["control"] == ""
+    assert options("--control=/other", "--", "program")["control"] == "/other"
+
+
 def test_signals_wait_for_the_image_that_stays() -> None:
     """From here on no order is lost: what the supervisor will handle is blocked until it does."""
     image("--", "program")
@@ -139,6 +149,8 @@ def test_an_isolated_interpreter_stays_isolated(monkeypatch: pytest.MonkeyPatch)
         ["--ready", "soon", "--", "x"],
         ["--nice-start", "20", "--", "x"],
         ["--stop-signal", "NONE", "--", "x"],
+        ["--stop-signal", "0", "--", "x"],
+        ["--stop-signal", "", "--", "x"],
     ],
 )
 def test_usage_of_run(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +160,27 @@ def test_usage_of_run(given: list[str], capsys: pytest.CaptureFixture[str]) -> N
 
     assert caught.value.code == 2
     assert "usage: sdlisten run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--watchdog", "0"], "--watchdog: '0': expected seconds, a microsecond or more"),
+        (["--watchdog", "0.0000001"], "--watchdog: '0.0000001': expected seconds"),
+        (["--watchdog", "1e300"], "--watchdog: '1e300': expected seconds"),
+        (["--stop-signal", "KILL"], "--stop-signal: 'KILL': expected a signal that a program can handle"),
+        (["--stop-signal", "sigstop"], "--stop-signal: 'sigstop': expected a signal that"),
+    ],
+)
+def test_what_would_kill_every_worker(
+    given: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A watchdog that nobody can satisfy, and a signal that nobody survives, are refused with the reason."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", *given, "--", "x"])
+
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -309,6 +342,20 @@ def test_the_question_and_the_answer(tmp_path: Path, capsys: pytest.CaptureFixtu
     code, question = Answering(tmp_path / "control", line).ask("roll", "--wait", "--", "new", "--wait")
     assert (code, question) == (3, {"do": "roll", "wait": True, "command": ["new", "--wait"]})
     assert capsys.readouterr() == ("", "refused\nIt wrote last:\nlast words\n")
+
+
+def test_words_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stdout cannot write is written with backslashes, be it strict or not."""
+    line = json.dumps({"code": 0, "text": "serving: \udcff.py \N{SNOWMAN}"}).encode() + b"\n"
+    for encoding, text in (("utf-8", "\\udcff.py \N{SNOWMAN}\n"), ("ascii", "\\udcff.py \\u2603\n")):
+        out = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert Answering(tmp_path / encoding, line).ask("status")[0] == 0
+        out.seek(0)
+        assert out.read() == f"serving: {text}"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert Answering(tmp_path / "none", line).ask("status")[0] == 0
+    assert sys.stdout.getvalue() == "serving: \\udcff.py \N{SNOWMAN}\n"
 
 
 def test_the_answer_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
