@@ -353,9 +353,10 @@ def test_words_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert Answering(tmp_path / encoding, line).ask("status")[0] == 0
         out.seek(0)
         assert out.read() == f"serving: {text}"
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    text_alone = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", text_alone)
     assert Answering(tmp_path / "none", line).ask("status")[0] == 0
-    assert sys.stdout.getvalue() == "serving: \\udcff.py \N{SNOWMAN}\n"
+    assert text_alone.getvalue() == "serving: \\udcff.py \N{SNOWMAN}\n"
 
 
 def test_the_answer_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from sdlisten.supervisor.status import shorter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from sdlisten.supervisor.loop import Loop
@@ -68,29 +68,17 @@ class Client:
             status: How the whole is, as `sdlisten.supervisor.status.snapshot` has it.
             more: What else to tell programs.
         """
+        answer: dict[str, object] = {"code": code, "text": text, **more}
+        cut: dict[str, object] = {"code": code, "text": text[:_TEXT_MAX]}
+        answers = [answer, cut]  # shorter and shorter; the last one always fits
+        if status is not None:
+            answer["status"] = status
+            answers = [answer, *({**cut, "status": facts} for facts in (status, *shorter(status)))]
+        line = next(line for line in map(_line, answers) if len(line) <= LINE_MAX)
         # It fits into the buffer of a fresh connection. Who does not read it misses it.
         with contextlib.suppress(OSError):
-            self.sock.send(next(filter(_fits, _lines(code, text, status, more))))
+            self.sock.send(line)
         self._drop(self)
-
-
-def _fits(line: bytes) -> bool:
-    return len(line) <= LINE_MAX
-
-
-def _lines(
-    code: int, text: str, status: Mapping[str, Any] | None, more: Mapping[str, object]
-) -> Iterator[bytes]:
-    """Write an answer shorter and shorter; the last one always fits."""
-    answer = {"code": code, "text": text, **more}
-    if status is None:
-        yield _line(answer)
-    else:
-        yield _line({**answer, "status": status})
-        answer["text"] = text[:_TEXT_MAX]
-        for facts in (status, *shorter(status)):
-            yield _line({**answer, "status": facts})
-    yield _line({"code": code, "text": text[:_TEXT_MAX]})
 
 
 def _line(answer: Mapping[str, object]) -> bytes:
