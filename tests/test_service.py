@@ -6,22 +6,25 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sdlisten import Connection, DrainReport, Notifier, Service
+from sdlisten import Connection, DrainReport, MessageError, Notifier, Service
 from sdlisten.address import parse_address
 from sdlisten.adopt_or_bind import bind
 from sdlisten.service.rules import Rules
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
     from pathlib import Path
     from ssl import SSLContext
 
     from sdlisten import Listeners
+    from sdlisten.notifier import HasFileno
+    from sdlisten.receiver import Receiver
 
     Run = Callable[[Coroutine[Any, Any, None]], None]
     Handler = Callable[[Connection], Awaitable[object]]
@@ -903,6 +906,67 @@ def test_a_unix_client_has_a_connection_too(run: Run, tmp_path: Path) -> None:
             assert seen[0].listener is running.listeners[0]
             assert seen[0].peer == ""
             assert path in texts[0]
+
+    run(test())
+
+
+@pytest.mark.parametrize("limit", [float(sys.maxsize), sys.float_info.max], ids=["maxsize", "largest"])
+def test_a_drain_without_a_real_limit(run: Run, receiver: Receiver, limit: float) -> None:
+    """However long a drain may take, the manager is asked for a number of microseconds that it can read."""
+
+    async def test() -> None:
+        gate = asyncio.Event()
+        notifier = Notifier(receiver.address)
+        async with serving(gated(gate), drain_timeout=limit, notifier=notifier) as running:
+            client = await running.client()
+            assert await client.ask(b"a") == b"busy"
+            await running.begin_stop()
+            gate.set()
+            assert await client.rest() == b"last a\n"
+            assert outcome(await running.task) == {"finished": 1}
+        notifier.close()
+
+    run(test())
+    messages = [dict(message.assignments) for message in iter(receiver.receive, None)]
+    asked = [int(message["EXTEND_TIMEOUT_USEC"]) for message in messages if "EXTEND_TIMEOUT_USEC" in message]
+    assert asked == [86_400_000_000]
+
+
+def test_a_drain_that_fails_ends_all_the_same(run: Run) -> None:
+    """What goes wrong in a drain serve() raises, and no connection is left open."""
+
+    class Failing(Notifier):
+        """The line to a manager that breaks in the middle."""
+
+        def send(self, *assignments: str, fds: Iterable[int | HasFileno] = ()) -> bool:
+            if any("draining" in line for line in assignments):
+                raise MessageError("a defect")
+            return super().send(*assignments, fds=fds)
+
+    async def test() -> None:
+        async with serving(gated(asyncio.Event()), notifier=Failing(None)) as running:
+            client = await running.client()
+            assert await client.ask(b"a") == b"busy"
+            with pytest.raises(MessageError, match="a defect"):
+                await running.stop()
+            assert await client.rest() == b""
+            await until(lambda: running.service.counters.active == 0)
+
+    run(test())
+
+
+def test_a_drain_that_is_cancelled_cancels_serve(run: Run) -> None:
+    """Who cancels all tasks of a loop in the middle of a drain ends serve() too."""
+
+    async def test() -> None:
+        async with serving(gated(asyncio.Event())) as running:
+            client = await running.client()
+            assert await client.ask(b"a") == b"busy"
+            await running.begin_stop()
+            assert running.service._drain_task is not None
+            running.service._drain_task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running.task
 
     run(test())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +207,57 @@ def test_without_on_reload_a_reload_is_over_at_once(manager: Manager) -> None:
 
     asyncio.run(test())
     assert [next(iter(message)) for message in manager.heard()] == ["RELOADING", "READY"]
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), errno.EINVAL),
+        (OSError(4096, "beyond"), errno.EINVAL),
+        (OSError(4095, "the last"), 4095),
+        (OSError("a text", "in its place"), errno.EINVAL),
+        (OSError(), errno.EINVAL),
+        (OSError(errno.ENOENT, "no such file"), errno.ENOENT),
+    ],
+    ids=repr,
+)
+def test_a_failed_reload_ends_whatever_the_number(manager: Manager, error: OSError, number: int) -> None:
+    """An error whose number is none of the kernel's is told as EINVAL, and READY=1 ends the reload."""
+
+    def fail() -> None:
+        raise error
+
+    async def test() -> None:
+        reloads = Reloads(manager.notifier, fail)
+        for _ in range(2):
+            reloads.order()
+            await asyncio.sleep(0)
+            assert [message.get("ERRNO") for message in manager.heard()] == [None, str(number)]
+
+    asyncio.run(test())
+
+
+def test_a_reload_that_breaks_off_is_not_the_last(manager: Manager) -> None:
+    """Whatever ends a reload, here an error that cannot even be written, the next order begins another."""
+
+    class UnspeakableError(Exception):
+        def __repr__(self) -> str:
+            raise RuntimeError("no words")
+
+    def fail() -> None:
+        raise UnspeakableError
+
+    async def test() -> None:
+        reloads = Reloads(manager.notifier, fail)
+        for _ in range(2):
+            reloads.order()
+            task = reloads._task
+            assert task is not None
+            with pytest.raises(RuntimeError, match="no words"):
+                await task
+            assert [next(iter(message)) for message in manager.heard()] == ["RELOADING"]
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize(

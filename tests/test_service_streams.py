@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import socket
@@ -394,5 +395,47 @@ def test_a_busy_client_does_not_starve_the_others(run: Run) -> None:
                 assert await pair.reader.read(100) == b"x" * 100
             handle[0].cancel()
             assert len(turns) >= 49
+
+    run(test())
+
+
+def numbers(size: int) -> array.array[int]:
+    """Return so many bytes in elements of 8."""
+    return array.array("q", range(size // 8))
+
+
+@pytest.mark.parametrize("view", [memoryview, lambda data: data], ids=["memoryview", "array"])
+def test_elements_are_not_bytes(run: Run, view: Callable[[Any], Any]) -> None:
+    """Of a buffer whose elements have several bytes all bytes are sent, at once and later."""
+
+    async def test() -> None:
+        with Pair() as pair:
+            small, large = numbers(80), numbers(8 << 20)
+            pair.writer.write(view(small))
+            assert await pair.received(80) == small.tobytes()
+            pair.writer.write(view(large))
+            assert pair.writer.buffered
+            pair.writer.write(view(small))
+            assert await pair.received(80 + (8 << 20)) == large.tobytes() + small.tobytes()
+            await pair.writer.flush()
+            pair.writer.write(view(numbers(0)))
+            assert not pair.writer.buffered
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [("text", "bytes-like object is required"), (memoryview(b"a.b.c.")[::2], "C-contiguous")],
+    ids=["text", "gaps"],
+)
+def test_what_cannot_be_sent_is_refused(run: Run, data: Any, why: str) -> None:  # noqa: ANN401 - anything
+    """What is no bytes, or does not lie in one piece, is an error, and nothing counts as written."""
+
+    async def test() -> None:
+        with Pair() as pair:
+            with pytest.raises(TypeError, match=why):
+                pair.writer.write(data)
+            assert not pair.writer.wrote
 
     run(test())

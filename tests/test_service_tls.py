@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import logging
@@ -187,6 +188,24 @@ def test_tls_silence_ends_a_connection(
             await running.begin_stop()
             assert await idle.read() == await fresh.read() == b""
             assert outcome(await running.task) == {"closed_idle": 2}
+
+    run(test())
+
+
+def test_tls_elements_are_not_bytes(run: Run, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> None:
+    """Over TLS every buffer is taken that is taken without, and all its bytes are sent."""
+    data = array.array("q", range(BIG // 8))
+
+    async def handler(connection: Connection) -> None:
+        _, writer = connection.streams()
+        writer.write(memoryview(data))
+        writer.write(data)  # type: ignore[arg-type] # asyncio's own refuses it
+        writer.close()
+
+    async def test() -> None:
+        async with serving(by_handler(handler, server_tls), client_tls) as running:
+            reader, _ = await running.client()
+            assert await reader.read() == data.tobytes() * 2
 
     run(test())
 

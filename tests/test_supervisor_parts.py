@@ -26,6 +26,7 @@ from sdlisten.supervisor.control import LINE_MAX, Client, Control
 from sdlisten.supervisor.loop import Loop, Signals
 from sdlisten.supervisor.output import Output, Tail, say
 from sdlisten.supervisor.phase import Phase
+from sdlisten.supervisor.process import Process
 from sdlisten.supervisor.store import STORE_MAX, Store
 from sdlisten.supervisor.upstream import Upstream
 
@@ -366,6 +367,60 @@ def test_an_answer_that_is_too_long(asked: Asked) -> None:
         assert answer(sock) == {"code": 0, "text": "x" * 4096}
 
 
+def facts(workers: int, status: str = "", command: str = "x") -> dict[str, Any]:
+    """Return the facts of a status, as far as they may be long."""
+    worker = {"pid": 7, "status": status}
+    generation = {"number": 1, "state": "serving", "command": [command], "workers": [worker] * workers}
+    return {"phase": "serving", "summary": "generation 1 serves", "pid": 6, "generations": [generation]}
+
+
+def test_a_status_with_many_workers(asked: Asked) -> None:
+    """The worst that workers can say of themselves costs their own rows, not the phase of the whole."""
+    whole = facts(200, status="\N{PILE OF POO}" * 256)
+    with asked.connect() as sock:
+        sock.send(b"{}\n")
+        asked.loop.wait(math.inf)
+        asked.questions[0][1].answer(0, "text", status=whole)
+        told = answer(sock)
+
+    without = {**whole["generations"][0], "workers": []}
+    assert told == {"code": 0, "text": "text", "status": {**whole, "generations": [without], "cut": True}}
+    assert "cut" not in whole
+
+
+def test_a_status_with_a_long_command(asked: Asked) -> None:
+    """Where nothing else fits, there is still the phase and who we are."""
+    with asked.connect() as sock:
+        sock.send(b"{}\n")
+        asked.loop.wait(math.inf)
+        asked.questions[0][1].answer(1, "x" * LINE_MAX, status=facts(1, command="y" * LINE_MAX))
+        told = answer(sock)
+
+    status = {"phase": "serving", "summary": "generation 1 serves", "pid": 6, "cut": True}
+    assert told == {"code": 1, "text": "x" * 4096, "status": status}
+
+
+def test_what_a_worker_says_of_itself(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Its status is one line that can be printed, of at most 256 characters."""
+    environ = {"PATH": os.environ["PATH"]}
+    worker: Any = None  # of the machine, which is not asked
+    process = Process(worker, ["true"], [], environ, lifeline=pair[0].fileno(), watchdog=math.inf)
+    try:
+        process.note({"STATUS": "\x1b[2J red\tgreen", "READY": "1"})
+        assert (process.status, process.says) == ("\N{REPLACEMENT CHARACTER}[2J red green", "READY")
+        process.note({"STATUS": "x" * 256})
+        assert process.status == "x" * 256
+        process.note({"STATUS": "x" * 257})
+        assert process.status == "x" * 255 + "…"
+        process.note({"STOPPING": "1"})
+        assert (process.status, process.says) == ("x" * 255 + "…", "STOPPING")
+        process.note({"STATUS": ""})
+        assert process.status == ""
+    finally:
+        process.child.wait(20)
+        process.close()
+
+
 def test_clients_that_go_away(asked: Asked) -> None:
     """Before the question, by a reset, after the question: nobody is left, nobody is answered."""
     for text in (b"", b"{}\n"):
@@ -388,6 +443,25 @@ def test_clients_of_other_users(asked: Asked, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("sdlisten.supervisor.control._ROOT", -1)
     with asked.connect() as sock:
         assert sock.recv(1) == b""
+
+
+def test_one_client_too_many(asked: Asked) -> None:
+    """It is told to try again, whether it has asked already or not, and disturbs nobody."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            stack.enter_context(asked.connect()).send(b"{}\n")
+            asked.loop.wait(math.inf)
+        with asked.connect() as sock:
+            assert answer(sock)["code"] == 4
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(asked.path)
+            sock.send(b"{}\n")
+            asked.loop.wait(math.inf)
+            assert json.loads(sock.recv(65536)) == {
+                "code": 4,
+                "text": "32 others ask already, or wait: not asked, try again",
+            }
+        assert len(asked.questions) == 32
 
 
 def test_no_descriptor_left_for_a_client(asked: Asked) -> None:

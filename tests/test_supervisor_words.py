@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +20,8 @@ import pytest
 import sdlisten
 from sdlisten import cli
 from sdlisten.supervisor import ctl, words
-from sdlisten.supervisor.loop import SIGNALS
+from sdlisten.supervisor.control import Control
+from sdlisten.supervisor.loop import SIGNALS, Loop
 from sdlisten.supervisor.options import Options
 from sdlisten.supervisor.surroundings import EnvFileError, inherited_environ, parse_env_file, read_env_file
 
@@ -95,6 +100,15 @@ def test_the_control_socket_of_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert options("--control=/other", "--", "program")["control"] == "/other"
 
 
+def test_the_control_socket_of_an_outer_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside SDLISTEN_GENERATION it is a gift of the supervisor that started us: ours would be in its way."""
+    monkeypatch.setenv("SDLISTEN_CONTROL", "/of/the/outer")
+    monkeypatch.setenv("SDLISTEN_GENERATION", "3")
+
+    assert options("--", "program")["control"] == ""
+    assert options("--control=/other", "--", "program")["control"] == "/other"
+
+
 def test_signals_wait_for_the_image_that_stays() -> None:
     """From here on no order is lost: what the supervisor will handle is blocked until it does."""
     image("--", "program")
@@ -112,9 +126,9 @@ def test_an_isolated_interpreter_stays_isolated(monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "flags", Flags)
+        patch.setattr(sys, "path", ["/usr/bin", *sys.path])
         assert image("--", "program")[1] == "-I"
         Flags.isolated = 0
-        patch.setattr(sys, "path", ["/usr/bin", *sys.path])
         assert image("--", "program")[1] == "-P"
         patch.chdir(Path(sdlisten.__file__).parent.parent)
         patch.setattr(sys, "path", ["", *sys.path])
@@ -134,6 +148,8 @@ def test_an_isolated_interpreter_stays_isolated(monkeypatch: pytest.MonkeyPatch)
         ["--ready", "soon", "--", "x"],
         ["--nice-start", "20", "--", "x"],
         ["--stop-signal", "NONE", "--", "x"],
+        ["--stop-signal", "0", "--", "x"],
+        ["--stop-signal", "", "--", "x"],
     ],
 )
 def test_usage_of_run(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +159,27 @@ def test_usage_of_run(given: list[str], capsys: pytest.CaptureFixture[str]) -> N
 
     assert caught.value.code == 2
     assert "usage: sdlisten run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--watchdog", "0"], "--watchdog: '0': expected seconds, a microsecond or more"),
+        (["--watchdog", "0.0000001"], "--watchdog: '0.0000001': expected seconds"),
+        (["--watchdog", "1e300"], "--watchdog: '1e300': expected seconds"),
+        (["--stop-signal", "KILL"], "--stop-signal: 'KILL': expected a signal that a program can handle"),
+        (["--stop-signal", "sigstop"], "--stop-signal: 'sigstop': expected a signal that"),
+    ],
+)
+def test_what_would_kill_every_worker(
+    given: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A watchdog that nobody can satisfy, and a signal that nobody survives, are refused with the reason."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", *given, "--", "x"])
+
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -208,6 +245,95 @@ class Answering:
             return code, json.loads(file.read())
 
 
+@contextlib.contextmanager
+def supervising(path: Path) -> Iterator[str]:
+    """Answer questions at a real control socket, in a thread."""
+    loop = Loop()
+    ours, theirs = socket.socketpair()
+    over: list[int] = []
+
+    def serve() -> None:
+        while not over:
+            loop.wait(math.inf)
+
+    control = Control(str(path), loop, lambda question, client: client.answer(0, str(question["do"])))
+    loop.watch(theirs.fileno(), over.append)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield str(path)
+    finally:
+        ours.send(b".")
+        thread.join()
+        control.close()
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize("timeout", [None, 1e300, sys.float_info.max, 20.0])
+def test_limits_of_any_length(tmp_path: Path, timeout: float | None) -> None:
+    """A limit beyond what the kernel can wait is as good as none."""
+    with supervising(tmp_path / "control") as path:
+        assert ctl.ask(path, {"do": "status"}, timeout=timeout) == {"code": 0, "text": "status"}
+
+
+def test_no_time_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a limit of 0 the question is asked, and only the answer may come too late."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "control"))
+        sock.listen()
+        assert cli.main(["ctl", "--control", str(tmp_path / "control"), "--timeout", "0", "stop"]) == 4
+        with sock.accept()[0] as connection:
+            assert json.loads(connection.recv(65536)) == {"do": "stop", "wait": False}
+    assert capsys.readouterr().err == "no answer within 0 s; what was asked for goes on\n"
+
+
+def test_a_question_that_is_too_long(tmp_path: Path) -> None:
+    """The answer to it is read, though the supervisor has gone before all was said."""
+    with supervising(tmp_path / "control") as path:
+        question = {"do": "roll", "command": ["x" * 10_000_000]}
+        assert ctl.ask(path, question) == {"code": 2, "text": "a question of more than 65536 bytes"}
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Iterator[socket.socket]:
+    """Give a listener whose queue is full: one connection, and one more, is what a backlog of 0 holds."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(tmp_path / "control"))
+        listener.listen(0)
+        stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(tmp_path / "control"))
+        yield listener
+
+
+def test_a_queue_that_stays_full(crowded: socket.socket) -> None:
+    """There is a supervisor, and it has not been asked: 4."""
+    answer = ctl.ask(crowded.getsockname(), {"do": "roll"}, timeout=0.05)
+
+    assert answer == {"code": 4, "text": "the supervisor is busy: not asked within 0.05 s, try again"}
+
+
+def test_a_queue_that_empties(crowded: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds the queue full waits for room."""
+    served: list[bytes] = []
+    threads: list[threading.Thread] = []
+
+    def serve() -> None:
+        with crowded.accept()[0] as connection:
+            served.append(connection.recv(65536))
+            connection.sendall(b'{"code": 0, "text": "asked"}\n')
+
+    def sleep(_seconds: float) -> None:
+        crowded.accept()[0].close()
+        threads.append(threading.Thread(target=serve))
+        threads[0].start()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert ctl.ask(crowded.getsockname(), {"do": "status"}, timeout=20) == {"code": 0, "text": "asked"}
+    threads[0].join()
+    assert served == [b'{"do": "status"}\n']
+
+
 def test_the_question_and_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A roll goes with its command; a refusal shows why, on stderr, and what the program wrote last."""
     line = json.dumps({"code": 3, "text": "refused", "stderr": "last words"}).encode() + b"\n"
@@ -217,12 +343,88 @@ def test_the_question_and_the_answer(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("", "refused\nIt wrote last:\nlast words\n")
 
 
+def test_words_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stdout cannot write is written with backslashes, be it strict or not."""
+    line = json.dumps({"code": 0, "text": "serving: \udcff.py \N{SNOWMAN}"}).encode() + b"\n"
+    for encoding, text in (("utf-8", "\\udcff.py \N{SNOWMAN}\n"), ("ascii", "\\udcff.py \\u2603\n")):
+        out = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert Answering(tmp_path / encoding, line).ask("status")[0] == 0
+        out.seek(0)
+        assert out.read() == f"serving: {text}"
+    text_alone = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", text_alone)
+    assert Answering(tmp_path / "none", line).ask("status")[0] == 0
+    assert text_alone.getvalue() == "serving: \\udcff.py \N{SNOWMAN}\n"
+
+
 def test_the_answer_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With --json status prints the facts and nothing else."""
     line = json.dumps({"code": 0, "text": "fine", "status": {"pid": 7}}).encode() + b"\n"
 
     assert Answering(tmp_path / "control", line).ask("status", "--json")[0] == 0
     assert json.loads(capsys.readouterr().out) == {"pid": 7}
+
+
+@pytest.fixture
+def _reloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process be the ExecReload= of a unit that is being stopped."""
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_reloading")
+@pytest.mark.parametrize(
+    ("second", "given_up"),
+    [
+        (b'{"code": 1, "text": "", "status": {"phase": "stopping"}}', True),
+        (b"no answer", True),
+        (b'{"code": 0, "text": "", "status": {"phase": "serving"}}', False),
+        (b'{"code": 0, "text": "", "status": {}}', False),
+        (b'{"code": 0, "text": "", "status": ["?"]}', False),
+        (b'{"code": 2, "text": "?"}', False),
+        (b"", False),
+    ],
+)
+def test_told_to_end_in_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bytes, *, given_up: bool
+) -> None:
+    """SIGTERM ends a reload with 0 if the supervisor ends too; if it goes on, or cannot say, as ever."""
+    monkeypatch.setattr(ctl, "_ANSWER_SECONDS", 20 if second else 0.05)
+    raised: list[int] = []
+
+    def supervise(sock: socket.socket, over: socket.socket) -> None:
+        with sock.accept()[0] as first:
+            first.recv(65536)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with sock.accept()[0] as asked:
+                asked.recv(65536)
+                asked.sendall(second)
+                if not second:
+                    over.recv(1)
+
+    class Ended(BaseException):
+        """Stands for the end of this process."""
+
+    def raise_signal(number: int) -> None:
+        raised.append(number)
+        raise Ended
+
+    monkeypatch.setattr(signal, "raise_signal", raise_signal)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "control"))
+        sock.listen()
+        supervisor = threading.Thread(target=supervise, args=(sock, theirs))
+        supervisor.start()
+        with contextlib.nullcontext() if given_up else pytest.raises(Ended):
+            answer = ctl.ask_as_command(str(tmp_path / "control"), {"do": "roll", "wait": True})
+            assert answer == {"code": 0, "text": "given up: told to stop"}
+        ours.send(b".")
+        supervisor.join()
+    assert raised == [signal.SIGTERM] * (not given_up)
 
 
 @pytest.mark.parametrize("line", [b"", b"nonsense\n", b"[]\n", b'{"code": "0", "text": ""}\n', b"{}\n"])

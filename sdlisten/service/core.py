@@ -217,6 +217,7 @@ class Service:
             RuntimeError: Nothing is attached.
             DescriptorError: A listener does not listen.
             OSError: A listener is closed.
+            Exception: The drain failed, which is a defect; the connections are closed.
         """
         self._start(asyncio.get_running_loop())
         assert self._over is not None  # noqa: S101 - made by _start
@@ -295,6 +296,13 @@ class Service:
         assert self._over is not None  # noqa: S101 - made by _start
         try:
             self._over.set_result(await drain(self._table, self._rules, self._notifier, self._on_drain))
+        except asyncio.CancelledError:
+            self._over.cancel()  # else serve() would wait for ever, where it was not cancelled itself
+            raise
+        except Exception as error:  # noqa: BLE001 - serve() raises it
+            self._over.set_exception(error)
+            for entry in self._table:
+                entry.drop()
         finally:
             self._watchdog.stop()
 

@@ -26,6 +26,8 @@ _logger = logging.getLogger("sdlisten.service")
 _TICK = 1.0
 # Handlers that were cancelled get so many seconds to clean up.
 _CLEAN_UP = 1.0
+# It is asked for again each second, so a day is for ever; and the µs of any limit must fit into 64 bits.
+_LONGEST_EXTENSION = 86_400.0
 
 
 async def drain(
@@ -46,7 +48,9 @@ async def drain(
     while len(table) and (left := rules.deadline - loop.time()) > 0:
         _logger.info("draining: open=%d", len(table))
         # Asked for again each second; TimeoutStopSec= may be shorter than our limit.
-        extension = assignment("EXTEND_TIMEOUT_USEC", round((left + _TICK + _CLEAN_UP) * 1_000_000))
+        extension = assignment(
+            "EXTEND_TIMEOUT_USEC", round(min(left + _TICK + _CLEAN_UP, _LONGEST_EXTENSION) * 1_000_000)
+        )
         notifier.send(extension, f"STATUS=draining: open={len(table)}")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(_TICK, left)):

@@ -26,6 +26,8 @@ __all__ = ("Lifeline", "Reloads", "Watchdog", "forget_untaken")
 
 _logger = logging.getLogger("sdlisten.service")
 
+_ERRNO_MAX = 4095  # of the kernel, and of systemd
+
 
 def forget_untaken(notifier: Notifier) -> None:
     """Make the manager forget what an earlier program of ours stored and this one has not taken.
@@ -155,7 +157,7 @@ class Reloads:
 
     def order(self) -> None:
         """Begin a reload, or another one after that which is under way."""
-        if self._task is None:
+        if self._task is None or self._task.done():  # however it ended
             self._task = asyncio.get_running_loop().create_task(self._run())
         else:
             self._again = True
@@ -172,7 +174,6 @@ class Reloads:
             self._notifier.reloading()
             self._notifier.send("READY=1", *await self._reload())
             if not self._again:
-                self._task = None
                 return
 
     async def _reload(self) -> tuple[str, ...]:
@@ -185,8 +186,14 @@ class Reloads:
         except Exception as error:
             _logger.exception("reload failed, the old configuration stays")
             self._failed = True
-            number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
-            return assignment("STATUS", f"reload failed: {error!r}"), assignment("ERRNO", number)
+            return assignment("STATUS", f"reload failed: {error!r}"), assignment("ERRNO", _number_of(error))
         _logger.info("reloaded")
         failed, self._failed = self._failed, False
         return ("STATUS=", "ERRNO=0") if failed else ()
+
+
+def _number_of(error: Exception) -> int:
+    """Return what ERRNO= says of an error; EINVAL where it has no number of the kernel."""
+    number: object = error.errno if isinstance(error, OSError) else None
+    # socket.gaierror counts below 0, others have what they were given: texts, or numbers of a library.
+    return int(number) if isinstance(number, int) and 0 < number <= _ERRNO_MAX else errno.EINVAL

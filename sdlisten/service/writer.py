@@ -44,6 +44,7 @@ class Writer:
 
         Raises:
             RuntimeError: After `close` or `write_eof`.
+            TypeError: It is no bytes-like object, or one that does not lie in one piece.
         """
         raise NotImplementedError
 
@@ -137,6 +138,7 @@ class SocketWriter(Writer):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes, or keep what the kernel does not take yet; see `Writer.write`."""
         self._check_open()
+        data = _as_bytes(data)
         self.wrote = True
         if self._error is not None:
             return
@@ -235,6 +237,7 @@ class TransportWriter(Writer):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes, or keep what cannot be sent yet; see `Writer.write`."""
         self._check_open()
+        data = _as_bytes(data)
         self.wrote = True
         if self._error is None:
             self._transport.write(data)
@@ -268,3 +271,8 @@ class TransportWriter(Writer):
         self._paused = paused
         if not paused:
             self._wake()
+
+
+def _as_bytes(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:
+    """Return data whose len() and slices count bytes: of a view they count elements, send(2) bytes."""
+    return data if isinstance(data, (bytes, bytearray)) else memoryview(data).cast("B")

@@ -16,10 +16,12 @@ import time
 
 from sdlisten.address import UnixAddress
 from sdlisten.adopt_or_bind import bind
+from sdlisten.supervisor.status import shorter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from sdlisten.supervisor.loop import Loop
 
@@ -36,6 +38,9 @@ _TEXT_MAX = LINE_MAX // 16  # characters: JSON writes one in at most 12 bytes
 _UCRED = struct.Struct("iII")  # pid, uid, gid
 _ROOT = 0
 _USAGE = 2
+# Nobody had time for the question, as when the queue is full. 1 would say that nobody serves, 3 that a roll
+# was refused; and nothing at all would look like 5: start another supervisor.
+_LATE = 4
 _PAUSE = 1.0  # seconds
 
 
@@ -50,21 +55,34 @@ class Client:
         self.question = b""
         self._drop = drop
 
-    def answer(self, code: int, text: str = "", **more: object) -> None:
+    def answer(
+        self, code: int, text: str = "", *, status: Mapping[str, Any] | None = None, **more: object
+    ) -> None:
         """Answer, and let the client go; if it has gone already, nothing happens.
+
+        Of an answer that is too long the text is cut, and of the status left out what can best be missed.
 
         Args:
             code: The exit code for ``sdlisten ctl``.
             text: What to tell people.
-            more: What to tell programs.
+            status: How the whole is, as `sdlisten.supervisor.status.snapshot` has it.
+            more: What else to tell programs.
         """
-        line = json.dumps({"code": code, "text": text, **more}) + "\n"
-        if len(line) > LINE_MAX:
-            line = json.dumps({"code": code, "text": text[:_TEXT_MAX]}) + "\n"
+        answer: dict[str, object] = {"code": code, "text": text, **more}
+        cut: dict[str, object] = {"code": code, "text": text[:_TEXT_MAX]}
+        answers = [answer, cut]  # shorter and shorter; the last one always fits
+        if status is not None:
+            answer["status"] = status
+            answers = [answer, *({**cut, "status": facts} for facts in (status, *shorter(status)))]
+        line = next(line for line in map(_line, answers) if len(line) <= LINE_MAX)
         # It fits into the buffer of a fresh connection. Who does not read it misses it.
         with contextlib.suppress(OSError):
-            self.sock.send(line.encode())
+            self.sock.send(line)
         self._drop(self)
+
+
+def _line(answer: Mapping[str, object]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
 
 
 class Control:
@@ -118,11 +136,14 @@ class Control:
             return
         sock.setblocking(False)
         _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if uid not in {_ROOT, os.geteuid()} or len(self._clients) >= _CLIENTS_MAX:
+        if uid not in {_ROOT, os.geteuid()}:
             sock.close()
             return
         client = Client(sock, time.monotonic() + QUESTION_SECONDS, self._drop)
         self._clients[client] = None
+        if len(self._clients) > _CLIENTS_MAX:
+            client.answer(_LATE, f"{_CLIENTS_MAX} others ask already, or wait: not asked, try again")
+            return
         self._loop.watch(sock.fileno(), lambda _events: self._read(client))
 
     def _read(self, client: Client) -> None:

@@ -8,6 +8,7 @@ import signal
 import time
 
 from sdlisten.errors import MessageError
+from sdlisten.message import value_of
 from sdlisten.receiver import Receiver
 from sdlisten.spawn import spawn
 from sdlisten.supervisor.memory import Expendable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ("Process",)
 
 _MESSAGES_AT_ONCE = 64  # of one worker: the others want to be heard too
+_STATUS_MAX = 256  # characters
 
 
 class Process:
@@ -46,7 +48,7 @@ class Process:
         worker: As given.
         child: The process.
         receiver: Where it speaks to us. Its own: who speaks there is this worker, or belongs to it.
-        status: The last STATUS= it sent.
+        status: The last STATUS= it sent: one line without control characters, not too long.
         says: Which of READY, RELOADING and STOPPING it said last, if any.
         watchdog: Seconds between two signs of life.
         started: When, by `time.monotonic`.
@@ -114,7 +116,10 @@ class Process:
 
     def note(self, fields: Mapping[str, str]) -> None:
         """Remember what it says of itself."""
-        self.status = fields.get("STATUS", self.status)
+        if "STATUS" in fields:
+            # It goes to terminals, and twice into each answer at the control socket, which has a limit.
+            status = str(value_of("STATUS", fields["STATUS"]))
+            self.status = status if len(status) <= _STATUS_MAX else status[: _STATUS_MAX - 1] + "…"
         for name in ("READY", "RELOADING", "STOPPING"):
             if fields.get(name) == "1":
                 self.says = name

@@ -9,13 +9,14 @@ from sdlisten.supervisor.phase import Phase
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from typing import Any
 
     from sdlisten.supervisor.generation import Generation
     from sdlisten.supervisor.rollover import Rollover
     from sdlisten.supervisor.runner import Supervisor
 
-__all__ = ("headline", "report", "snapshot")
+__all__ = ("headline", "report", "shorter", "snapshot")
 
 
 def headline(machine: Rollover, phase: Phase) -> str:
@@ -64,6 +65,16 @@ def snapshot(supervisor: Supervisor) -> dict[str, Any]:
         ],
         "listeners": supervisor.sockets.status(),
     }
+
+
+def shorter(facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a snapshot with less and less in it, for an answer that has a limit; ``cut`` says so.
+
+    The rows of the workers go first. In the end there is little, but always the phase.
+    """
+    generations = [{**generation, "workers": []} for generation in facts["generations"]]
+    yield {**facts, "generations": generations, "cut": True}
+    yield {**{name: facts[name] for name in ("phase", "summary", "pid")}, "cut": True}
 
 
 def report(facts: dict[str, Any]) -> str:

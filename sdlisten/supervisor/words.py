@@ -38,7 +38,9 @@ def run_command(words: Sequence[str], *, execv: Callable[[str, list[str]], objec
     words, command = _split(words)
     parser = _run_parser()
     options = Options()
-    options.control = os.environ.get("SDLISTEN_CONTROL", "")
+    # Beside a generation it is the socket of the supervisor that started us, for its workers to ask.
+    if "SDLISTEN_GENERATION" not in os.environ:
+        options.control = os.environ.get("SDLISTEN_CONTROL", "")
     parser.parse_args(words, namespace=options)
     if not command:
         parser.error("what shall run? Expected -- COMMAND at the end")
@@ -92,9 +94,12 @@ def _flags() -> list[str]:
 
 def _show(answer: ctl.Answer) -> None:
     out = sys.stderr if answer["code"] else sys.stdout
-    print(answer["text"], file=out)
+    text = str(answer["text"])
     if answer.get("stderr"):
-        print("It wrote last:", answer["stderr"], sep="\n", file=out)
+        text += f"\nIt wrote last:\n{answer['stderr']}"
+    # Commands and paths may be no UTF-8, and a stdout that is strict takes nothing else.
+    encoding = out.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=out)
 
 
 def _split(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
@@ -138,7 +143,7 @@ def _run_parser() -> argparse.ArgumentParser:
     add("--non-blocking", action="store_true", help="pass listeners with O_NONBLOCK")
     add(
         "--watchdog",
-        type=_seconds,
+        type=_pulse,
         metavar="S",
         help="kill and replace a worker that stops sending WATCHDOG=1",
     )
@@ -178,6 +183,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _pulse(text: str) -> float:
+    # It becomes WATCHDOG_USEC, and after 0 of them each sign of life would be late already.
+    if not 1 <= _seconds(text) * 1e6 < 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, a microsecond or more")
+    return _seconds(text)
+
+
 def _count(text: str) -> int:
     count = int(text)
     if count < 1:
@@ -197,6 +209,9 @@ def _ready(text: str) -> float:
 
 def _signal(text: str) -> int:
     try:
-        return int(signal.Signals["SIG" + text.upper().removeprefix("SIG")])
+        number = signal.Signals["SIG" + text.upper().removeprefix("SIG")]
     except KeyError:
         raise ValueError(text) from None
+    if number in {signal.SIGKILL, signal.SIGSTOP}:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a signal that a program can handle")
+    return int(number)
