@@ -1,7 +1,6 @@
 """Words in, exit code out: the ``sdlisten`` command.
 
-Exit codes: 0 ok, 1 a check or promise failed, 2 usage, 3 roll refused, 4 timed out, 5 no supervisor, 78
-configuration. Commands are imported when they run: one must not carry the other in its memory.
+Exit codes: `sdlisten.exit_codes`. Commands are imported when they run, so that none has another in its memory.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import os
 import sys
 
 from sdlisten import __version__
+from sdlisten.exit_codes import USAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _exec(words: Sequence[str]) -> int:
     command = words[1:] if words[:1] == ["--"] else words
     if not command or command[0].startswith("-"):
         print("usage: sdlisten exec -- COMMAND [ARGUMENT …]", file=sys.stderr)
-        return 0 if command[:1] in (["-h"], ["--help"]) else 2
+        return 0 if command[:1] in (["-h"], ["--help"]) else USAGE
     from sdlisten import exec_shim  # noqa: PLC0415 - see above
 
     exec_shim.reset_signals()

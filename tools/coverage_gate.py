@@ -22,6 +22,7 @@ _COMPLETE = frozenset(
         "descriptor",
         "environment",
         "errors",
+        "exit_codes",
         "hurry",
         "inherited",
         "listener",

@@ -16,6 +16,7 @@ import time
 
 from sdlisten.address import UnixAddress
 from sdlisten.adopt_or_bind import bind
+from sdlisten.exit_codes import LATE, USAGE
 from sdlisten.supervisor.status import shorter
 
 TYPE_CHECKING = False
@@ -37,10 +38,9 @@ _CLIENTS_MAX = 32
 _TEXT_MAX = LINE_MAX // 16  # characters: JSON writes one in at most 12 bytes
 _UCRED = struct.Struct("iII")  # pid, uid, gid
 _ROOT = 0
-_USAGE = 2
 # Nobody had time for the question, as when the queue is full. 1 would say that nobody serves, 3 that a roll
 # was refused; and nothing at all would look like 5: start another supervisor.
-_LATE = 4
+_TURNED_AWAY = LATE
 _PAUSE = 1.0  # seconds
 
 
@@ -142,7 +142,7 @@ class Control:
         client = Client(sock, time.monotonic() + QUESTION_SECONDS, self._drop)
         self._clients[client] = None
         if len(self._clients) > _CLIENTS_MAX:
-            client.answer(_LATE, f"{_CLIENTS_MAX} others ask already, or wait: not asked, try again")
+            client.answer(_TURNED_AWAY, f"{_CLIENTS_MAX} others ask already, or wait: not asked, try again")
             return
         self._loop.watch(sock.fileno(), lambda _events: self._read(client))
 
@@ -154,7 +154,7 @@ class Control:
         client.question += data
         line, end, _ = client.question.partition(b"\n")
         if len(client.question) > LINE_MAX:
-            client.answer(_USAGE, f"a question of more than {LINE_MAX} bytes")
+            client.answer(USAGE, f"a question of more than {LINE_MAX} bytes")
         elif end:
             # From now on only its going away matters.
             client.deadline = math.inf
@@ -169,7 +169,7 @@ class Control:
             if not isinstance(question, dict):
                 raise TypeError(f"{question!r}: expected an object")  # noqa: TRY301 - one kind of answer for both
         except (TypeError, ValueError, RecursionError) as error:
-            client.answer(_USAGE, f"not a question: {error}")
+            client.answer(USAGE, f"not a question: {error}")
             return
         self._ask(question, client)
 

@@ -10,6 +10,8 @@ import signal
 import socket
 import time
 
+from sdlisten.exit_codes import LATE, NOBODY
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ("ask", "ask_as_command")
 
-_LATE, _NOBODY = 4, 5
 _ANSWER_SECONDS = 5.0
 _LONGEST = 1e6  # seconds; poll(2) counts milliseconds in an int
 _PAUSE = 0.02
@@ -63,9 +64,9 @@ def ask(path: str, question: Mapping[str, object], *, timeout: float | None = No
                     received += data
                     _limit(sock, deadline)
     except TimeoutError:
-        return {"code": _LATE, "text": late.format(timeout)}
+        return {"code": LATE, "text": late.format(timeout)}
     except OSError as error:
-        return {"code": _NOBODY, "text": f"no supervisor at {path}: {error.strerror or error}"}
+        return {"code": NOBODY, "text": f"no supervisor at {path}: {error.strerror or error}"}
     return _understood(received, path)
 
 
@@ -90,7 +91,7 @@ def ask_as_command(path: str, question: Mapping[str, object], *, timeout: float 
     except _ToldToEndError:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         answer = ask(path, {"do": "status"})
-        if answer["code"] == _NOBODY or _phase(answer) in _STOPPING:
+        if answer["code"] == NOBODY or _phase(answer) in _STOPPING:
             return {"code": 0, "text": "given up: told to stop"}
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
@@ -134,4 +135,4 @@ def _understood(line: bytes, path: str) -> Answer:
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    return {"code": _NOBODY, "text": f"no supervisor at {path}: it ended without an answer"}
+    return {"code": NOBODY, "text": f"no supervisor at {path}: it ended without an answer"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from sdlisten.exit_codes import USAGE
 from sdlisten.supervisor.control import Client
 from sdlisten.supervisor.phase import Phase
 from sdlisten.supervisor.status import report, snapshot
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ("Questions",)
 
-_USAGE = 2
 _SERVING = {Phase.SERVING, Phase.ROLLING, Phase.SOAKING}
 
 
@@ -47,7 +47,7 @@ class Questions:
             case {"do": "stop", **rest}:
                 self._stop(rest, client)
             case _:
-                client.answer(_USAGE, f"{dict(question)!r} is no question")
+                client.answer(USAGE, f"{dict(question)!r} is no question")
 
     def settled(self, action: Settle, code: int, text: str, *, wrote: str) -> None:
         """Answer those who asked for a roll.
@@ -70,7 +70,7 @@ class Questions:
     def _roll(self, question: Mapping[str, object], client: Client) -> None:
         command = question.get("command")
         if command is not None and not _is_command(command):
-            client.answer(_USAGE, f"command is {command!r}: expected a list of words")
+            client.answer(USAGE, f"command is {command!r}: expected a list of words")
             return
         if not question.get("wait"):
             client.answer(0, "asked for a roll")

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 
+from sdlisten.exit_codes import FAILED, LATE
 from sdlisten.hurry import SAME_ORDER, hurried
 from sdlisten.supervisor.action import Enter, Exit, Kill, Outcome, Settle, Spawn, Terminate, Welcome
 from sdlisten.supervisor.generation import Generation, Turn, Worker, WorkerState
@@ -64,7 +65,6 @@ PHASES: dict[Phase, dict[Step, Phase]] = {
 
 _ABORT_LIMIT = 2.0  # for who was never ready: it has accepted nothing that it could finish
 _DRAINING_MAX = 2
-_BROKEN, _LATE = 1, 4  # exit codes: a promise was not kept; timed out
 
 
 class _Roll:
@@ -198,7 +198,7 @@ class Rollover:
             slot.crashes = 0
         if slot.generation is self.successor:
             how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
-            self._fail(128 - code if code < 0 else code or _BROKEN, f"a worker {how}", now)
+            self._fail(128 - code if code < 0 else code or FAILED, f"a worker {how}", now)
         elif slot.generation is self.current:
             self._fill_or_decide(slot, now)
         self.draining = [generation for generation in self.draining if generation.workers]
@@ -357,14 +357,14 @@ class Rollover:
         if worker.state is WorkerState.DRAINING:
             self._kill(worker, "its drain took too long")
         elif worker.slot.generation is self.successor:
-            self._fail(_LATE, f"a worker did not say READY=1 within {self._limits.ready:g} s", now)
+            self._fail(LATE, f"a worker did not say READY=1 within {self._limits.ready:g} s", now)
         else:
             self._kill(worker, f"no READY=1 within {self._limits.ready:g} s")
 
     def _kill(self, worker: Worker, why: str) -> None:
         self.killed += 1
         if worker.served and self.phase is Phase.STOPPING:
-            self._code = self._code or _BROKEN
+            self._code = self._code or FAILED
         worker.turn(Turn.KILL)
         self._actions.append(Kill(worker, why))
 

@@ -16,6 +16,7 @@ import signal
 import time
 
 from sdlisten.errors import MessageError
+from sdlisten.exit_codes import REFUSED
 from sdlisten.message import value_of
 from sdlisten.supervisor import nice
 from sdlisten.supervisor.action import Enter, Exit, Kill, Outcome, Settle, Spawn, Terminate, Welcome
@@ -49,7 +50,6 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _MARGIN = 1.0  # seconds that a worker gets beyond its own drain limit, to say what it dropped and end
 _MESSAGES_MAX = 1000  # of one worker that has ended: more than its queue holds (net.unix.max_dgram_qlen)
 _CANNOT_START = 126
-_REFUSED = 3
 
 
 class Supervisor:
@@ -315,7 +315,7 @@ class Supervisor:
                 if process.worker.slot.generation is action.generation:
                     process.accepted()
         else:
-            code = _REFUSED
+            code = REFUSED
             text = f"the roll to generation {number} was refused: {action.why}"
             if action.outcome is Outcome.STOPPED:
                 text = f"the roll was given up: {action.why}"

@@ -7,6 +7,7 @@ import os
 import resource
 
 from sdlisten.errors import ActivationError, AddressError
+from sdlisten.exit_codes import CONFIGURATION, FAILED, USAGE
 from sdlisten.notifier import Notifier, watchdog_timeout
 from sdlisten.supervisor.options import Options
 from sdlisten.supervisor.output import say
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ("main",)
 
-_FAILED, _USAGE, _CONFIGURATION = 1, 2, 78
 _STDERR = 2
 _FOR_EACH_WORKER = 4  # descriptors: its pidfd, its notify socket, its stderr, and one while it is on trial
 _OTHERS = 64  # the clients of the control socket among them
@@ -47,14 +47,14 @@ def main(words: Sequence[str]) -> int:
                     f"--workers {options.workers} needs up to {needed} descriptors, and RLIMIT_NOFILE is "
                     f"{allowed}: raise it (LimitNOFILE= in the unit, ulimit -n), or start fewer"
                 )
-                return _USAGE
+                return USAGE
             return Supervisor(options, sockets, notifier, watchdog).run()
     except (ActivationError, AddressError) as error:
         say(str(error))
-        return _CONFIGURATION
+        return CONFIGURATION
     except OSError as error:
         say("\n".join([str(error), *getattr(error, "__notes__", ())]))
-        return _FAILED
+        return FAILED
 
 
 def _occupy_standard_descriptors() -> None:
