@@ -1,6 +1,6 @@
 """Words in, exit code out: the ``sdlisten`` command.
 
-Exit codes: `sdlisten.exit_codes`. Commands are imported when they run, so that none has another in its memory.
+Exit codes: `sdlisten.exit_codes`. Commands are imported when they run, so that none carries another along.
 """
 
 from __future__ import annotations
