@@ -97,6 +97,15 @@ def test_signals_are_something_to_read() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def fill(writer: int) -> None:
+    """Fill a pipe whose writers wait, as those of a stderr do."""
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+
+
 def test_our_lines_can_be_told(capfd: pytest.CaptureFixture[str]) -> None:
     """Each line of ours has its mark, whatever is in it, and an end."""
     say("one\ntwo \udcff")
@@ -107,11 +116,7 @@ def test_our_lines_can_be_told(capfd: pytest.CaptureFixture[str]) -> None:
 def test_our_lines_do_not_wait(stderr: tuple[int, int]) -> None:
     """What there is no room for is lost: the supervisor has to go on."""
     reader, writer = stderr
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"." * 4096)
-    os.set_blocking(writer, True)
+    fill(writer)
     say("lost")
 
     assert b"lost" not in os.read(reader, 2**20)
@@ -142,10 +147,7 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
 def test_a_worker_waits_for_a_slow_reader(stderr: tuple[int, int]) -> None:
     """While our stderr is full nothing is taken from the worker; afterwards all arrives, in order."""
     reader, writer = stderr
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"." * 4096)
+    fill(writer)
     loop = Loop()
     out = Output(loop)
     relays = [out.relay(Tail()), out.relay(Tail())]
@@ -294,6 +296,55 @@ def test_what_a_manager_must_not_miss() -> None:
 
     assert heard == ["RELOADING", "READY"] * 6 + ["STOPPING"]
     assert texts[-1] == "last text"
+
+
+def test_a_manager_that_cannot_be_reached(stderr: tuple[int, int]) -> None:
+    """The supervisor says so on stderr by its own way, which never waits: also where that is full."""
+    reader, writer = stderr
+    upstream = Upstream(Notifier("/nowhere/notify"), None)
+    upstream.enter(Phase.STARTING, 0)
+    upstream.tick(0)
+    (line,) = os.read(reader, 65536).splitlines()
+    assert line.startswith(b"sdlisten: the manager at NOTIFY_SOCKET='/nowhere/notify' was not told: ")
+    fill(writer)
+    upstream = Upstream(Notifier("/nowhere/notify"), None)
+    upstream.enter(Phase.SERVING, 0)
+
+    assert upstream.next_deadline() < math.inf
+
+
+def test_a_manager_that_cannot_be_reached_costs_no_logging() -> None:
+    """It would take memory in the one process that stays, and wait where nobody reads stderr."""
+    code = (
+        "import sys; from sdlisten.notifier import Notifier; from sdlisten.supervisor.phase import Phase\n"
+        "from sdlisten.supervisor.upstream import Upstream\n"
+        "Upstream(Notifier('/nowhere/notify'), None).enter(Phase.SERVING, 0)\n"
+        "assert 'logging' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL, timeout=30)
+
+
+def test_a_reload_has_its_time() -> None:
+    """RELOADING=1 carries MONOTONIC_USEC, without which a unit of Type=notify-reload would hang."""
+    with Receiver() as receiver:
+        Upstream(Notifier(receiver.address), None).enter(Phase.ROLLING, 0)
+        received = receiver.receive()
+    assert received
+    assert received.assignments["RELOADING"] == "1"
+    assert 0 < int(received.assignments["MONOTONIC_USEC"]) <= time.monotonic() * 1e6
+
+
+def test_a_manager_is_shown_life_and_asked_for_time() -> None:
+    """WATCHDOG=1 three times within its limit, and 15 s more every 5 s while something takes time."""
+    with Receiver() as receiver:
+        upstream = Upstream(Notifier(receiver.address), 3.0)
+        upstream.enter(Phase.STARTING, 0)
+        upstream.tick(0)
+        heard = {}
+        while (received := receiver.receive()) is not None:
+            heard |= received.assignments
+    assert heard == {"WATCHDOG": "1", "EXTEND_TIMEOUT_USEC": "15000000"}
+    assert upstream.next_deadline() == 1.0
 
 
 def test_a_manager_that_has_gone() -> None:
