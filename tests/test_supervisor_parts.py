@@ -21,16 +21,17 @@ import pytest
 
 from sdlisten.notifier import Notifier
 from sdlisten.receiver import Receiver
+from sdlisten.spawn import spawn
 from sdlisten.supervisor import nice, output
 from sdlisten.supervisor.control import LINE_MAX, Client, Control
 from sdlisten.supervisor.loop import Loop, Signals
 from sdlisten.supervisor.output import Output, Tail, say
 from sdlisten.supervisor.phase import Phase
-from sdlisten.supervisor.store import STORE_MAX, Store
+from sdlisten.supervisor.store import STORE_MAX, Store, store_max
 from sdlisten.supervisor.upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 
@@ -182,24 +183,92 @@ def test_nobody_reads_our_stderr(stderr: tuple[int, int]) -> None:
     relay.watch()
 
 
-def test_the_store_has_a_limit() -> None:
-    """What does not fit is closed, as by systemd; the same descriptor is not kept twice."""
+@pytest.fixture
+def open_files() -> Iterator[Callable[[int], None]]:
+    """Give a function that sets the soft limit of open files, until the end of the test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    loop = Loop()
-    store = Store(loop)
-    try:
-        for number in range(STORE_MAX + 5):
-            store.heed({"FDSTORE": "1", "FDNAME": f"n{number}", "FDPOLL": "0"}, [os.memfd_create("x")])
-        assert len(store) == STORE_MAX
-        store.heed({"FDSTOREREMOVE": "1", "FDNAME": "n7"}, [])
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """Give an empty store."""
+    with contextlib.closing(Store(Loop())) as store:
+        yield store
+
+
+def memfds(count: int) -> list[int]:
+    """Return descriptors of as many files."""
+    return [os.memfd_create("x") for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "name", "most"),
+    [(256, "n", 96), (1024, "n", 384), (4096, "n", STORE_MAX), (4096, "n" * 250, 65536 // 251)],
+)
+def test_what_the_store_keeps_can_be_passed(
+    open_files: Callable[[int], None], limit: int, name: str, most: int
+) -> None:
+    """It takes no more than what a start finds numbers, and room for names, for; the rest is closed."""
+    open_files(limit)
+    with contextlib.closing(Store(Loop())) as store:
+        for _ in range(0, STORE_MAX + 50, 50):
+            store.heed({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, memfds(50))
+        assert len(store) == most <= store.limit == store_max()
+        with contextlib.closing(spawn(["true"], store.descriptors)) as child:
+            assert child.wait(30) == 0
         store.heed({"FDSTOREREMOVE": "1"}, [])
-        kept = store.descriptors[0][0]
-        store.heed({"FDSTORE": "1"}, [os.dup(kept)])
-        assert len(store) == STORE_MAX - 1
-    finally:
-        store.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert len(store) == most
+        store.heed({"FDSTOREREMOVE": "1", "FDNAME": name}, [])
+        assert len(store) == 0
+        store.heed({"FDSTORE": "1"}, memfds(1))
+        assert len(store) == 1
+
+
+@pytest.mark.parametrize("kernel", ["new", "old"])
+def test_what_the_same_is_to_the_store(
+    store: Store, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    """A duplicate is not kept, nor if Linux before 6.10 cannot tell, of a socket; all else is."""
+    if kernel == "old":
+        monkeypatch.setattr("sdlisten.supervisor.store._F_DUPFD_QUERY", 9999)
+    fds = [*os.pipe(), os.eventfd(0), os.eventfd(0), *(os.dup(one.fileno()) for one in pair)]
+    duplicates = [os.dup(fd) for fd in fds]
+    store.heed({"FDSTORE": "1"}, fds)
+    assert [fd for fd, _ in store.descriptors] == fds
+    store.heed({"FDSTORE": "1"}, duplicates)
+    kept = [fd for fd, _ in store.descriptors][len(fds) :]
+    if kernel == "old":
+        assert kept == duplicates[:4]
+    elif kept:  # gVisor, for one
+        assert kept == duplicates[:4], "neither all are known nor none"
+    store.heed({"FDSTOREREMOVE": "1", "FDNAME": "stored"}, [])
+    store.heed({"FDSTORE": "1"}, [os.dup(pair[0].fileno())])
+    assert len(store) == 1
+
+
+def test_a_fault_of_a_worker_s_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be looked at is not kept, and what cannot be closed is closed: nothing ends for it."""
+    close = os.close
+
+    def fail(*_args: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def close_and_fail(fd: int) -> None:
+        close(fd)
+        fail()
+
+    store.heed({"FDSTORE": "1"}, memfds(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close_and_fail)
+        with patch.context() as inner:
+            inner.setattr(os, "fstat", fail)
+            store.heed({"FDSTORE": "1"}, memfds(1))
+        store.heed({"READY": "1"}, memfds(1))
+        assert len(store) == 1
+        store.heed({"FDSTOREREMOVE": "1", "FDNAME": "stored"}, [])
+    assert len(store) == 0
 
 
 def test_names_in_the_store() -> None:
@@ -340,7 +409,7 @@ def test_a_manager_is_shown_life_and_asked_for_time() -> None:
         upstream = Upstream(Notifier(receiver.address), 3.0)
         upstream.enter(Phase.STARTING, 0)
         upstream.tick(0)
-        heard = {}
+        heard: dict[str, str] = {}
         while (received := receiver.receive()) is not None:
             heard |= received.assignments
     assert heard == {"WATCHDOG": "1", "EXTEND_TIMEOUT_USEC": "15000000"}
