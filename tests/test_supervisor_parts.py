@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import math
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -145,8 +147,87 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
             os.close(fd)
 
 
+class AlwaysRoom:
+    """A poll(2) just before somebody else writes: there is room."""
+
+    def register(self, fd: int, events: int) -> None:
+        """Be asked for a descriptor."""
+
+    def poll(self, _milliseconds: int) -> list[tuple[int, int]]:
+        """Say that it can be written."""
+        return [(output._STDERR, select.POLLOUT)]
+
+
+def socketpair() -> tuple[int, int]:
+    """Return two sockets as the journal has them."""
+    reader, writer = socket.socketpair()
+    return reader.detach(), writer.detach()
+
+
+@pytest.mark.parametrize("make", [os.pipe, os.openpty, socketpair])
+def test_others_fill_our_stderr(monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[int, int]]) -> None:
+    """Others write there too: that there was room a moment ago makes us not wait. The flag is not touched."""
+    reader, writer = make()
+    monkeypatch.setattr(output, "_STDERR", writer)
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "poll", AlwaysRoom)
+        for _ in range(1000):
+            say("x" * 1000)  # else this test times out
+
+    assert os.read(reader, 11) == b"sdlisten: x"
+    assert os.get_blocking(writer)
+    os.close(reader)
+    say("nobody")
+    os.close(writer)
+
+
+def test_a_stderr_of_another_user(stderr: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be opened once more, we write after a look."""
+    reader, writer = stderr
+
+    def refuse(*_args: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    say("heard")
+    assert os.read(reader, 2**20) == b"sdlisten: heard\n"
+    fill(writer)
+    say("lost")
+    assert b"lost" not in os.read(reader, 2**20)
+
+
+def test_our_stderr_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our lines come after what is there."""
+    with open(tmp_path / "log", "wb+", buffering=0) as file:
+        monkeypatch.setattr(output, "_STDERR", file.fileno())
+        file.write(b"before\n")
+        say("after")
+    assert (tmp_path / "log").read_bytes() == b"before\nsdlisten: after\n"
+
+
+def test_the_rest_is_not_for_ever(stderr: tuple[int, int]) -> None:
+    """Whoever goes on writing after a worker's end does not keep the supervisor: 64 KiB are passed on."""
+    os.close(stderr[0])
+    loop = Loop()
+    out = Output(loop)
+    relay = out.relay(Tail())
+    fcntl.fcntl(relay.writer, fcntl.F_SETPIPE_SZ, 2**17)
+    fill(relay.writer)
+    before = waiting(relay.writer)
+    relay.forward_rest()
+
+    assert before - waiting(relay.writer) == 2**16
+    out.close()
+
+
+def waiting(pipe: int) -> int:
+    """Return how many bytes are in a pipe."""
+    size: bytes = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
+    return int.from_bytes(size, sys.byteorder)
+
+
 def test_a_worker_waits_for_a_slow_reader(stderr: tuple[int, int]) -> None:
-    """While our stderr is full nothing is taken from the worker; afterwards all arrives, in order."""
+    """While our stderr is full a block is taken from a worker, no more; afterwards all arrives, in order."""
     reader, writer = stderr
     fill(writer)
     loop = Loop()
