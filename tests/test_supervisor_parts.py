@@ -448,6 +448,15 @@ def test_what_a_manager_must_not_miss() -> None:
     assert texts[-1] == "last text"
 
 
+def test_no_manager_is_nothing_to_do() -> None:
+    """Without NOTIFY_SOCKET nothing is kept for later; a watchdog then has nobody to hear it."""
+    upstream = Upstream(Notifier(None), 3.0)
+    upstream.enter(Phase.SERVING, 0)
+    upstream.tick(0)
+
+    assert upstream.next_deadline() == 1.0
+
+
 def test_a_manager_that_cannot_be_reached(stderr: tuple[int, int]) -> None:
     """The supervisor says so on stderr by its own way, which never waits: also where that is full."""
     reader, writer = stderr
