@@ -20,11 +20,11 @@ from sdlisten.message import encode_message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ("Manager", "transmit", "wait_for")
 
-_SILENCE = 60.0  # seconds between two log lines
+_SILENCE = 60.0  # seconds between two reports
 _VSOCK_TIMEOUT = 1.0  # seconds: a stream cannot be connected without waiting
 _VSOCK_KINDS = {
     # A hypervisor may lack datagrams, as QEMU does: then as libsystemd since 253.
@@ -38,18 +38,30 @@ _PRIVILEGED_PORT_MAX = 1023
 _VMADDR_ANY = 2**32 - 1
 
 
+def _log(text: str) -> None:
+    import logging  # noqa: PLC0415 - a program whose manager listens need not load it
+
+    logging.getLogger("sdlisten.notifier").warning("%s", text)
+
+
 class Manager:
     """A manager at an address. Threads may share it.
+
+    Args:
+        address: NOTIFY_SOCKET.
+        report: Told of an `offer` that failed, once a minute at most. As a default it is logged, which may
+            wait: a handler of logging writes to stderr, and that may be a pipe which nobody reads.
 
     Attributes:
         address: NOTIFY_SOCKET.
         lock: Held over a barrier; whoever holds it longer keeps the barriers of other threads away.
     """
 
-    __slots__ = ("_pending", "_quiet_until", "_waited", "address", "lock")
+    __slots__ = ("_pending", "_quiet_until", "_report", "_waited", "address", "lock")
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, report: Callable[[str], object] = _log) -> None:
         self.address = address
+        self._report = report
         self.lock = threading.RLock()
         self._quiet_until = 0.0
         # A barrier that was not answered in time, and how long we have waited since the last answer.
@@ -65,7 +77,7 @@ class Manager:
         return not _is_vsock(self.address)
 
     def offer(self, data: bytes, fds: Sequence[int] = ()) -> bool:
-        """Send without waiting; a failure is the manager's business: logged, once a minute at most.
+        """Send without waiting; a failure is the manager's business: reported, once a minute at most.
 
         Args:
             data: A whole message.
@@ -80,9 +92,7 @@ class Manager:
             now = time.monotonic()
             if now >= self._quiet_until:
                 self._quiet_until = now + _SILENCE
-                import logging  # noqa: PLC0415 - a program whose manager listens need not load it
-
-                logging.getLogger("sdlisten.notifier").warning("%s", self._text(error))
+                self._report(self._text(error))
             return False
         return True
 

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ("Received", "Receiver")
+__all__ = ("Received", "Receiver", "close_received")
 
 # struct ucred of unix(7): pid_t, uid_t, gid_t.
 _UCRED = "iII"
+# struct linger of socket(7): whether, and seconds.
+_LINGER = "ii"
 # sun_path has 108 bytes; Linux takes a path that fills them, other readers of sockaddr_un want the NUL.
 _PATH_MAX = 107
 
@@ -60,7 +62,7 @@ class Received:
 
     def close(self) -> None:
         """Close the descriptors that were not detached; a second call does nothing."""
-        _close_all(self.detach())
+        close_received(self.detach())
 
     def __del__(self) -> None:
         self.close()
@@ -144,17 +146,22 @@ class Receiver:
         try:
             return _read(data, ancillary, flags, fds)
         except BaseException:
-            _close_all(fds)
+            close_received(fds)
             raise
 
     def close(self) -> None:
-        """Close the socket and remove its directory; a forked child leaves the directory to its parent."""
+        """Close the socket and remove its directory, if that can be removed.
+
+        A forked child leaves the directory to its parent.
+        """
         self._socket.close()
         if self._directory is None or self._pid != os.getpid():
             return
-        with contextlib.suppress(FileNotFoundError):
+        # Senders may remove it, leave files in it, make it theirs (ENOTEMPTY, EISDIR, EACCES), and the file
+        # system may have become read-only (EROFS). What cannot be removed is no reason to stop serving.
+        with contextlib.suppress(OSError):
             os.unlink(f"{self._directory}/notify")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.rmdir(self._directory)
         self._directory = None
 
@@ -211,7 +218,7 @@ def _read(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int, fds:
         raise MessageError(
             f"BARRIER=1 with {others} other assignments and {len(fds)} descriptors; expected 0 and 1"
         )
-    _close_all(fds)
+    close_received(fds)
     return Received(assignments, pid, uid, gid, ())
 
 
@@ -236,8 +243,31 @@ def _credentials(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, int,
     raise MessageError("the sender's process is not visible from here (another pid namespace?): dropped")
 
 
-def _close_all(fds: Iterable[int]) -> None:
+def close_received(fds: Iterable[int]) -> None:
+    """Close descriptors that came from somebody else, without waiting and whatever they are.
+
+    A socket whose SO_LINGER has a time loses that: the last holder would wait for so long in close(2), also
+    with O_NONBLOCK (inet_release of the kernel), and who else holds it cannot be known. What was sent still
+    arrives; others who hold the socket only do not wait for it when they close.
+
+    Args:
+        fds: The descriptors; *taken over*.
+    """
     for fd in fds:
         # It is closed also where close(2) reports a fault, as of a file on a network, which is the sender's.
         with contextlib.suppress(OSError):
+            _stop_lingering(fd)
+        with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def _stop_lingering(fd: int) -> None:
+    sock = socket.socket(fileno=fd)  # ENOTSOCK: nothing else lingers
+    try:
+        size = struct.calcsize(_LINGER)
+        lingers, seconds = struct.unpack(_LINGER, sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, size))
+        # Without a time it is an order to reset the connection, which waits for nobody.
+        if lingers and seconds:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(size))
+    finally:
+        sock.detach()

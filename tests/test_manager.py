@@ -147,6 +147,18 @@ def test_an_offer_to_nobody_is_false_and_logged_once(caplog: pytest.LogCaptureFi
     assert "No such file" in record.getMessage()
 
 
+def test_an_offer_to_nobody_is_reported_as_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever cannot use logging is told in another way, as seldom, and nothing is logged."""
+    told: list[str] = []
+    manager = Manager("/nowhere/notify", told.append)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert not manager.offer(b"READY=1")
+    (text,) = told
+    assert "NOTIFY_SOCKET='/nowhere/notify'" in text
+    assert not caplog.records
+
+
 def test_an_offer_is_logged_again_after_a_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,19 @@ def test_closing_leaves_nothing(tmp_path: Path) -> None:
     receiver.close()
 
 
+def test_a_directory_that_cannot_be_removed_is_left(tmp_path: Path) -> None:
+    """A sender may leave a file beside the socket, or a directory in its place: the receiver just ends."""
+    receiver = Receiver(directory=tmp_path)
+    Path(receiver.address).with_name("left").touch()
+    receiver.close()
+    assert not Path(receiver.address).exists()
+    receiver = Receiver(directory=tmp_path)
+    Path(receiver.address).unlink()
+    Path(receiver.address).mkdir()
+    receiver.close()
+    assert receiver.fileno() == -1
+
+
 def test_a_child_leaves_the_directory_to_its_parent(tmp_path: Path) -> None:
     """A forked child that closes its copy does not take the parent's address away."""
     with Receiver(directory=tmp_path) as receiver:
@@ -247,6 +260,41 @@ def test_a_descriptor_that_fails_to_close_is_closed(
     monkeypatch.setattr(os, "close", fail)
     message.close()
     monkeypatch.undo()
+
+
+def connection_with_unsent_data(linger: int) -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a TCP connection; what the first has written does not fit into the second."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left = socket.create_connection(server.getsockname())
+        right, _ = server.accept()
+    left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, linger))
+    left.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            left.send(bytes(65536))
+    return left, right
+
+
+def test_a_socket_that_lingers_is_closed_at_once(receiver: Receiver) -> None:
+    """The last holder of a socket with SO_LINGER would wait in close(2) until its data has been read."""
+    left, right = connection_with_unsent_data(linger=3600)
+    with right:
+        tell(receiver, b"FDSTORE=1", (left.fileno(), 0))
+        os.close(left.detach())
+        received(receiver).close()  # else this test times out
+        assert right.recv(1) == b"\0"
+
+
+def test_a_socket_that_shall_be_reset_is_reset(receiver: Receiver) -> None:
+    """SO_LINGER with no time is not touched: it does not wait, and the peer shall see a reset."""
+    left, right = connection_with_unsent_data(linger=0)
+    with right:
+        tell(receiver, b"FDSTORE=1", (left.fileno(),))
+        left.close()
+        received(receiver).close()
+        poll = select.poll()
+        poll.register(right, 0)
+        assert poll.poll(10_000) == [(right.fileno(), select.POLLERR | select.POLLHUP)]
 
 
 def test_a_barrier_is_answered_after_what_came_before(receiver: Receiver) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import math
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +23,18 @@ import pytest
 
 from sdlisten.notifier import Notifier
 from sdlisten.receiver import Receiver
+from sdlisten.spawn import spawn
 from sdlisten.supervisor import nice, output
 from sdlisten.supervisor.control import LINE_MAX, Client, Control
 from sdlisten.supervisor.loop import Loop, Signals
 from sdlisten.supervisor.output import Output, Tail, say
 from sdlisten.supervisor.phase import Phase
 from sdlisten.supervisor.process import Process
-from sdlisten.supervisor.store import STORE_MAX, Store
+from sdlisten.supervisor.store import STORE_MAX, Store, store_max
 from sdlisten.supervisor.upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 
@@ -98,6 +101,15 @@ def test_signals_are_something_to_read() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def fill(writer: int) -> None:
+    """Fill a pipe whose writers wait, as those of a stderr do."""
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+
+
 def test_our_lines_can_be_told(capfd: pytest.CaptureFixture[str]) -> None:
     """Each line of ours has its mark, whatever is in it, and an end."""
     say("one\ntwo \udcff")
@@ -108,11 +120,7 @@ def test_our_lines_can_be_told(capfd: pytest.CaptureFixture[str]) -> None:
 def test_our_lines_do_not_wait(stderr: tuple[int, int]) -> None:
     """What there is no room for is lost: the supervisor has to go on."""
     reader, writer = stderr
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"." * 4096)
-    os.set_blocking(writer, True)
+    fill(writer)
     say("lost")
 
     assert b"lost" not in os.read(reader, 2**20)
@@ -140,13 +148,89 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
             os.close(fd)
 
 
-def test_a_worker_waits_for_a_slow_reader(stderr: tuple[int, int]) -> None:
-    """While our stderr is full nothing is taken from the worker; afterwards all arrives, in order."""
+class AlwaysRoom:
+    """A poll(2) just before somebody else writes: there is room."""
+
+    def register(self, fd: int, events: int) -> None:
+        """Be asked for a descriptor."""
+
+    def poll(self, _milliseconds: int) -> list[tuple[int, int]]:
+        """Say that it can be written."""
+        return [(output._STDERR, select.POLLOUT)]
+
+
+def socketpair() -> tuple[int, int]:
+    """Return two sockets as the journal has them."""
+    reader, writer = socket.socketpair()
+    return reader.detach(), writer.detach()
+
+
+@pytest.mark.parametrize("make", [os.pipe, os.openpty, socketpair])
+def test_others_fill_our_stderr(monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[int, int]]) -> None:
+    """Others write there too: that there was room a moment ago makes us not wait. The flag is not touched."""
+    reader, writer = make()
+    monkeypatch.setattr(output, "_STDERR", writer)
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "poll", AlwaysRoom)
+        for _ in range(1000):
+            say("x" * 1000)  # else this test times out
+
+    assert os.read(reader, 11) == b"sdlisten: x"
+    assert os.get_blocking(writer)
+    os.close(reader)
+    say("nobody")
+    os.close(writer)
+
+
+def test_a_stderr_of_another_user(stderr: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be opened once more, we write after a look."""
     reader, writer = stderr
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"." * 4096)
+
+    def refuse(*_args: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    say("heard")
+    assert os.read(reader, 2**20) == b"sdlisten: heard\n"
+    fill(writer)
+    say("lost")
+    assert b"lost" not in os.read(reader, 2**20)
+
+
+def test_our_stderr_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our lines come after what is there."""
+    with open(tmp_path / "log", "wb+", buffering=0) as file:
+        monkeypatch.setattr(output, "_STDERR", file.fileno())
+        file.write(b"before\n")
+        say("after")
+    assert (tmp_path / "log").read_bytes() == b"before\nsdlisten: after\n"
+
+
+def test_the_rest_is_not_for_ever(stderr: tuple[int, int]) -> None:
+    """Whoever goes on writing after a worker's end does not keep the supervisor: 64 KiB are passed on."""
+    os.close(stderr[0])
+    loop = Loop()
+    out = Output(loop)
+    relay = out.relay(Tail())
+    fcntl.fcntl(relay.writer, fcntl.F_SETPIPE_SZ, 2**17)
+    fill(relay.writer)
+    before = waiting(relay.writer)
+    relay.forward_rest()
+
+    assert before - waiting(relay.writer) == 2**16
+    out.close()
+
+
+def waiting(pipe: int) -> int:
+    """Return how many bytes are in a pipe."""
+    size: bytes = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
+    return int.from_bytes(size, sys.byteorder)
+
+
+def test_a_worker_waits_for_a_slow_reader(stderr: tuple[int, int]) -> None:
+    """While our stderr is full a block is taken from a worker, no more; afterwards all arrives, in order."""
+    reader, writer = stderr
+    fill(writer)
     loop = Loop()
     out = Output(loop)
     relays = [out.relay(Tail()), out.relay(Tail())]
@@ -181,24 +265,92 @@ def test_nobody_reads_our_stderr(stderr: tuple[int, int]) -> None:
     relay.watch()
 
 
-def test_the_store_has_a_limit() -> None:
-    """What does not fit is closed, as by systemd; the same descriptor is not kept twice."""
+@pytest.fixture
+def open_files() -> Iterator[Callable[[int], None]]:
+    """Give a function that sets the soft limit of open files, until the end of the test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    loop = Loop()
-    store = Store(loop)
-    try:
-        for number in range(STORE_MAX + 5):
-            store.heed({"FDSTORE": "1", "FDNAME": f"n{number}", "FDPOLL": "0"}, [os.memfd_create("x")])
-        assert len(store) == STORE_MAX
-        store.heed({"FDSTOREREMOVE": "1", "FDNAME": "n7"}, [])
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """Give an empty store."""
+    with contextlib.closing(Store(Loop())) as store:
+        yield store
+
+
+def memfds(count: int) -> list[int]:
+    """Return descriptors of as many files."""
+    return [os.memfd_create("x") for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "name", "most"),
+    [(256, "n", 96), (1024, "n", 384), (4096, "n", STORE_MAX), (4096, "n" * 250, 65536 // 251)],
+)
+def test_what_the_store_keeps_can_be_passed(
+    open_files: Callable[[int], None], limit: int, name: str, most: int
+) -> None:
+    """It takes no more than what a start finds numbers, and room for names, for; the rest is closed."""
+    open_files(limit)
+    with contextlib.closing(Store(Loop())) as store:
+        for _ in range(0, STORE_MAX + 50, 50):
+            store.heed({"FDSTORE": "1", "FDNAME": name, "FDPOLL": "0"}, memfds(50))
+        assert len(store) == most <= store.limit == store_max()
+        with contextlib.closing(spawn(["true"], store.descriptors)) as child:
+            assert child.wait(30) == 0
         store.heed({"FDSTOREREMOVE": "1"}, [])
-        kept = store.descriptors[0][0]
-        store.heed({"FDSTORE": "1"}, [os.dup(kept)])
-        assert len(store) == STORE_MAX - 1
-    finally:
-        store.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert len(store) == most
+        store.heed({"FDSTOREREMOVE": "1", "FDNAME": name}, [])
+        assert len(store) == 0
+        store.heed({"FDSTORE": "1"}, memfds(1))
+        assert len(store) == 1
+
+
+@pytest.mark.parametrize("kernel", ["new", "old"])
+def test_what_the_same_is_to_the_store(
+    store: Store, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    """A duplicate is not kept, nor if Linux before 6.10 cannot tell, of a socket; all else is."""
+    if kernel == "old":
+        monkeypatch.setattr("sdlisten.supervisor.store._F_DUPFD_QUERY", 9999)
+    fds = [*os.pipe(), os.eventfd(0), os.eventfd(0), *(os.dup(one.fileno()) for one in pair)]
+    duplicates = [os.dup(fd) for fd in fds]
+    store.heed({"FDSTORE": "1"}, fds)
+    assert [fd for fd, _ in store.descriptors] == fds
+    store.heed({"FDSTORE": "1"}, duplicates)
+    kept = [fd for fd, _ in store.descriptors][len(fds) :]
+    if kernel == "old":
+        assert kept == duplicates[:4]
+    elif kept:  # gVisor, for one
+        assert kept == duplicates[:4], "neither all are known nor none"
+    store.heed({"FDSTOREREMOVE": "1", "FDNAME": "stored"}, [])
+    store.heed({"FDSTORE": "1"}, [os.dup(pair[0].fileno())])
+    assert len(store) == 1
+
+
+def test_a_fault_of_a_worker_s_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be looked at is not kept, and what cannot be closed is closed: nothing ends for it."""
+    close = os.close
+
+    def fail(*_args: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def close_and_fail(fd: int) -> None:
+        close(fd)
+        fail()
+
+    store.heed({"FDSTORE": "1"}, memfds(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close_and_fail)
+        with patch.context() as inner:
+            inner.setattr(os, "fstat", fail)
+            store.heed({"FDSTORE": "1"}, memfds(1))
+        store.heed({"READY": "1"}, memfds(1))
+        assert len(store) == 1
+        store.heed({"FDSTOREREMOVE": "1", "FDNAME": "stored"}, [])
+    assert len(store) == 0
 
 
 def test_names_in_the_store() -> None:
@@ -295,6 +447,64 @@ def test_what_a_manager_must_not_miss() -> None:
 
     assert heard == ["RELOADING", "READY"] * 6 + ["STOPPING"]
     assert texts[-1] == "last text"
+
+
+def test_no_manager_is_nothing_to_do() -> None:
+    """Without NOTIFY_SOCKET nothing is kept for later; a watchdog then has nobody to hear it."""
+    upstream = Upstream(Notifier(None), 3.0)
+    upstream.enter(Phase.SERVING, 0)
+    upstream.tick(0)
+
+    assert upstream.next_deadline() == 1.0
+
+
+def test_a_manager_that_cannot_be_reached(stderr: tuple[int, int]) -> None:
+    """The supervisor says so on stderr by its own way, which never waits: also where that is full."""
+    reader, writer = stderr
+    upstream = Upstream(Notifier("/nowhere/notify"), None)
+    upstream.enter(Phase.STARTING, 0)
+    upstream.tick(0)
+    (line,) = os.read(reader, 65536).splitlines()
+    assert line.startswith(b"sdlisten: the manager at NOTIFY_SOCKET='/nowhere/notify' was not told: ")
+    fill(writer)
+    upstream = Upstream(Notifier("/nowhere/notify"), None)
+    upstream.enter(Phase.SERVING, 0)
+
+    assert upstream.next_deadline() < math.inf
+
+
+def test_a_manager_that_cannot_be_reached_costs_no_logging() -> None:
+    """It would take memory in the one process that stays, and wait where nobody reads stderr."""
+    code = (
+        "import sys; from sdlisten.notifier import Notifier; from sdlisten.supervisor.phase import Phase\n"
+        "from sdlisten.supervisor.upstream import Upstream\n"
+        "Upstream(Notifier('/nowhere/notify'), None).enter(Phase.SERVING, 0)\n"
+        "assert 'logging' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL, timeout=30)
+
+
+def test_a_reload_has_its_time() -> None:
+    """RELOADING=1 carries MONOTONIC_USEC, without which a unit of Type=notify-reload would hang."""
+    with Receiver() as receiver:
+        Upstream(Notifier(receiver.address), None).enter(Phase.ROLLING, 0)
+        received = receiver.receive()
+    assert received
+    assert received.assignments["RELOADING"] == "1"
+    assert 0 < int(received.assignments["MONOTONIC_USEC"]) <= time.monotonic() * 1e6
+
+
+def test_a_manager_is_shown_life_and_asked_for_time() -> None:
+    """WATCHDOG=1 three times within its limit, and 15 s more every 5 s while something takes time."""
+    with Receiver() as receiver:
+        upstream = Upstream(Notifier(receiver.address), 3.0)
+        upstream.enter(Phase.STARTING, 0)
+        upstream.tick(0)
+        heard: dict[str, str] = {}
+        while (received := receiver.receive()) is not None:
+            heard |= received.assignments
+    assert heard == {"WATCHDOG": "1", "EXTEND_TIMEOUT_USEC": "15000000"}
+    assert upstream.next_deadline() == 1.0
 
 
 def test_a_manager_that_has_gone() -> None:

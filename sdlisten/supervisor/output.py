@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
+import socket
+import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ("Output", "Relay", "Tail", "say")
 
-# A pipe that is writable takes that many bytes without waiting (PIPE_BUF), and takes them whole.
+# A pipe takes that many bytes whole, or none of them (PIPE_BUF).
 _BLOCK = 4096
+_REST = 16  # blocks at the end: what a pipe holds, unless somebody has made it larger
 _TAIL = 4096
 _TAIL_LINES = 20
 _STDERR = 2
@@ -23,9 +25,7 @@ def say(text: str) -> None:
     """Write lines of our own to stderr, recognisable as such; what there is no room for is lost."""
     for line in text.splitlines():
         data = f"sdlisten: {line[: _BLOCK // 4]}\n".encode(errors="backslashreplace")
-        if _has_room():
-            with contextlib.suppress(OSError):  # nobody reads: no reason to stop serving
-                os.write(_STDERR, data[:_BLOCK])
+        _write(data[:_BLOCK])
 
 
 class Tail:
@@ -79,8 +79,7 @@ class Output:
     def close(self) -> None:
         """Pass on what there is, and close what others may still write to; harmless twice."""
         for relay in list(self._relays):
-            while relay.forward():
-                pass
+            relay.forward_rest()
             relay.close()
         self._loop.forget(_STDERR)
 
@@ -89,6 +88,7 @@ class Output:
         blocked, self._blocked = self._blocked, []
         for relay in blocked:
             relay.watch()
+            relay.forward()  # what it holds already makes nobody wake us
 
 
 class Relay:
@@ -98,12 +98,13 @@ class Relay:
         writer: The end for the worker; *borrowed*, until `close_writer`.
     """
 
-    __slots__ = ("_loop", "_output", "_reader", "_tail", "writer")
+    __slots__ = ("_block", "_loop", "_output", "_reader", "_tail", "writer")
 
     def __init__(self, loop: Loop, output: Output, tail: Tail) -> None:
         self._loop = loop
         self._output = output
         self._tail = tail
+        self._block = b""  # taken from the worker, and not written yet
         self._reader, self.writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._reader, False)
         self.watch()
@@ -123,21 +124,27 @@ class Relay:
         """Pass a block on; returns whether there was one, and room for it."""
         if self._reader < 0:
             return False
-        if not _has_room():
+        if not self._block:
+            try:
+                self._block = os.read(self._reader, _BLOCK)
+            except BlockingIOError:
+                return False
+            if not self._block:
+                self.close()
+                return False
+            self._tail.add(self._block)
+        self._block = self._block[_write(self._block) :]
+        if self._block:
             self._loop.forget(self._reader)
             self._output.wait_for_room(self)
             return False
-        try:
-            data = os.read(self._reader, _BLOCK)
-        except BlockingIOError:
-            return False
-        if not data:
-            self.close()
-            return False
-        self._tail.add(data)
-        with contextlib.suppress(OSError):
-            os.write(_STDERR, data)
         return True
+
+    def forward_rest(self) -> None:
+        """Pass on what is in the pipe, but not for ever: a process that has outlived its worker may go on."""
+        for _ in range(_REST):
+            if not self.forward():
+                return
 
     def close(self) -> None:
         """Give up what was not passed on; harmless twice."""
@@ -149,8 +156,42 @@ class Relay:
             os.close(reader)
 
 
-def _has_room() -> bool:
-    """Return whether a block can be written without waiting. If nobody reads, it can: it is lost."""
-    poll = select.poll()
-    poll.register(_STDERR, select.POLLOUT)
-    return bool(poll.poll(0))
+def _write(data: bytes) -> int:
+    """Write what there is room for, without waiting; returns how much. Where nobody reads all is lost."""
+    try:
+        return _write_now(data)
+    except BlockingIOError:
+        return 0
+    except OSError:  # no reason to stop serving
+        return len(data)
+
+
+def _write_now(data: bytes) -> int:
+    """Write to stderr without waiting.
+
+    It is shared with workers, and others: they may fill it after a look at it, and O_NONBLOCK would be theirs
+    too. A socket takes the wish with each call; a pipe or terminal can be opened once more, for us alone.
+    """
+    mode = os.fstat(_STDERR).st_mode
+    if stat.S_ISSOCK(mode):
+        sock = socket.socket(fileno=_STDERR)
+        try:
+            return sock.send(data, socket.MSG_DONTWAIT)
+        finally:
+            sock.detach()
+    # Not a file: that would be opened at its beginning. It does not wait for readers either.
+    if stat.S_ISFIFO(mode) or os.isatty(_STDERR):
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            ours = os.open(f"/proc/self/fd/{_STDERR}", flags)
+        except OSError:  # of another user, or no descriptor is left: a look has to do
+            poll = select.poll()
+            poll.register(_STDERR, select.POLLOUT)
+            if not poll.poll(0):
+                return 0
+        else:
+            try:
+                return os.write(ours, data)
+            finally:
+                os.close(ours)
+    return os.write(_STDERR, data)

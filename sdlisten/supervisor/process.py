@@ -150,8 +150,8 @@ class Process:
 
     def close(self) -> None:
         """Pass on the rest of its stderr, and close what belongs to it, except what others still write to."""
-        while self.relay and self.relay.forward():
-            pass
+        if self.relay:
+            self.relay.forward_rest()
         if self._trial:
             self._trial.close()
         self.receiver.close()

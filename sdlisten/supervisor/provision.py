@@ -7,7 +7,7 @@ import os
 
 from sdlisten.supervisor import surroundings
 from sdlisten.supervisor.output import Tail
-from sdlisten.supervisor.store import STORE_MAX
+from sdlisten.supervisor.store import store_max
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Provisions:
         if self._options.env_file:
             environ.update(surroundings.read_env_file(self._options.env_file))
         environ["SDLISTEN_GENERATION"] = str(generation.number)
-        environ["SDLISTEN_FDSTORE"] = str(STORE_MAX)
+        environ["SDLISTEN_FDSTORE"] = str(store_max())
         if self._options.control:
             environ["SDLISTEN_CONTROL"] = os.path.abspath(self._options.control)
         if self._watchdog < math.inf:

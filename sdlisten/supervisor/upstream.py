@@ -10,8 +10,11 @@ not miss is kept until it is sent, in order; of texts for people only the last o
 from __future__ import annotations
 
 import math
+import time
 
-from sdlisten.message import assignment
+from sdlisten.manager import Manager
+from sdlisten.message import assignment, encode_message
+from sdlisten.supervisor.output import say
 from sdlisten.supervisor.phase import Phase
 
 TYPE_CHECKING = False
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Upstream",)
 
-_EXTENSION = 15.0  # seconds that we ask for, each time
+_EXTENSION = 15_000_000  # microseconds that we ask for, each time
 _EXTEND_EVERY = 5.0
 _RETRY = 0.25
 _UNSENT_MAX = 16  # words for a manager that does not listen: the last ones say how it is
@@ -33,13 +36,13 @@ class Upstream:
     """What the manager is told.
 
     Args:
-        notifier: The way to it.
+        notifier: Where it is.
         watchdog: Seconds after which it takes us for dead; None if it does not care.
     """
 
     __slots__ = (
         "_extend_at",
-        "_notifier",
+        "_manager",
         "_phase",
         "_ping_at",
         "_ping_every",
@@ -49,7 +52,9 @@ class Upstream:
     )
 
     def __init__(self, notifier: Notifier, watchdog: float | None) -> None:
-        self._notifier = notifier
+        # Not through the notifier, which logs what fails: logging writes to stderr, and would wait where that
+        # is full and nobody reads; meanwhile no signal would be heard.
+        self._manager = Manager(notifier.address, say) if notifier.address else None
         self._ping_every = watchdog / 3 if watchdog else math.inf
         self._ping_at = 0.0 if watchdog else math.inf
         self._extend_at = self._retry_at = math.inf
@@ -80,10 +85,10 @@ class Upstream:
         """Show life, ask for more time, and send what could not be sent, when that is due."""
         if self._ping_at <= now:
             self._ping_at = now + self._ping_every
-            self._notifier.watchdog()
+            self._tell("WATCHDOG=1")
         if self._extend_at <= now:
             self._extend_at = now + _EXTEND_EVERY
-            self._notifier.extend_timeout(_EXTENSION)
+            self._tell(assignment("EXTEND_TIMEOUT_USEC", _EXTENSION))
         if self._retry_at <= now:
             self._send(now)
 
@@ -93,7 +98,7 @@ class Upstream:
 
     def _send(self, now: float) -> None:
         self._retry_at = math.inf
-        if self._notifier.address is None:
+        if self._manager is None:
             self._unsent.clear()
             return
         del self._unsent[:-_UNSENT_MAX]
@@ -101,9 +106,14 @@ class Upstream:
             words = [*self._unsent[:1]]
             if len(self._unsent) <= 1 and self._status:
                 words.append(self._status)
-            if not self._notifier.send(*words):
+            if "RELOADING=1" in words:
+                words.append(assignment("MONOTONIC_USEC", time.monotonic_ns() // 1000))  # needed by systemd
+            if not self._tell(*words):
                 self._retry_at = now + _RETRY
                 return
             del self._unsent[:1]
             if self._status in words:
                 self._status = ""
+
+    def _tell(self, *words: str) -> bool:
+        return self._manager is not None and self._manager.offer(encode_message(*words))
