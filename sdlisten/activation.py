@@ -52,7 +52,7 @@ class Activation:
     Attributes:
         descriptors: All of them, in the order of their numbers.
         absent: If there are none, the reason in words, for error texts; else "".
-        lifeline: After the claim, the number of what `sdlisten.lifeline` describes, or None; *borrowed*.
+        lifeline: After the claim, the number of what ``sdlisten.lifeline`` describes, or None; *borrowed*.
     """
 
     __slots__ = ("_claimed", "_own", "_pid", "absent", "descriptors", "lifeline")
@@ -362,7 +362,7 @@ def close_untaken_stored() -> tuple[str, ...]:
 
 
 def lifeline() -> int | None:
-    """Return the number of what `sdlisten.lifeline` describes, *borrowed*; None in a forked child, too."""
+    """Return the number of what ``sdlisten.lifeline`` describes, *borrowed*; None in a forked child, too."""
     return None if _process is None or _process.forked else _process.lifeline
 
 
