@@ -24,6 +24,7 @@ from sdlisten import (
     listen,
     listen_fds,
 )
+from sdlisten.binding import bind_sockets
 from sdlisten.descriptor import listen_queue
 
 if TYPE_CHECKING:
@@ -311,13 +312,13 @@ def test_adopts_the_only_endpoint(passing: Passing, tcp: socket.socket) -> None:
 
 def test_adopts_one_port_of_both_families(passing: Passing) -> None:
     """A v6-only and an IPv4 socket with one port are one endpoint."""
-    with socket.create_server(("127.0.0.1", 0)) as v4:
-        port = v4.getsockname()[1]
-        with socket.create_server(("::1", port), family=socket.AF_INET6) as v6:
-            passing(v4, v6, names=["x.socket", "x.socket"])
+    # It tries again where the port that one family got is taken in the other.
+    one, other = bind_sockets(0)
+    with one, other:
+        passing(one, other, names=["x.socket", "x.socket"])
 
-            with listen("8080") as listeners:
-                assert numbers(listeners) == [3, 4]
+        with listen("8080") as listeners:
+            assert numbers(listeners) == [3, 4]
 
 
 def test_adopts_one_named_group_without_a_name(
